@@ -1,0 +1,59 @@
+"""Evaluate a run or a checkpoint, exactly: accuracy, loss, and precision, recall and F1 of every class.
+
+    accelerate launch eval.py --run runs/<name>                             # best checkpoint, test split
+    accelerate launch eval.py --run runs/<name> --checkpoint last --split val
+    accelerate launch eval.py --checkpoint runs/<name>/checkpoints/step_00000400
+
+Settings are those of the training, its precision included; --section.key=value changes one.
+"""
+
+from lockstep.cli import one_line_errors, parse_evaluation
+
+if __name__ == "__main__":
+    # Before the imports below, so that --help and a misspelt setting answer at once, without waiting for torch.
+    request = parse_evaluation()
+
+from dataclasses import replace
+
+import torch
+
+from lockstep.augment import build_transform
+from lockstep.checkpoint import load_weights, put_weights
+from lockstep.cli import Evaluation
+from lockstep.data import build_data
+from lockstep.data.loader import EvaluationLoader
+from lockstep.evaluate import evaluate
+from lockstep.models import build_model
+from lockstep.report import class_table, draw_confusion, write_predictions
+from lockstep.runtime import build_accelerator
+
+
+def evaluate_checkpoint(request: Evaluation) -> None:
+    config = request.config
+    accelerator, launch = build_accelerator(config.runtime)
+    data = build_data(config, request.folder, write=False)
+    images = {"train": data.train, "val": data.val, "test": data.test}[request.split]
+    if images is None:
+        raise ValueError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")
+
+    model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
+    put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
+    model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+
+    transform = build_transform(config, data.mean, data.std, precropped=False)
+    loader = EvaluationLoader(images, data.num_classes, launch, config)
+    metrics = evaluate(model, loader, transform, accelerator)
+
+    launch.say(f"{request.checkpoint}, {request.split} split: {len(metrics.samples)} samples, {launch.precision_name}")
+    launch.say(f"accuracy {metrics.accuracy!r} ({metrics.accuracy:.2%})  loss {metrics.loss!r}")
+    launch.say(class_table(metrics, data))
+    if launch.is_main:
+        predictions = write_predictions(request.folder, request.split, metrics, images, data)
+        figure = draw_confusion(request.folder, request.split, metrics, data)
+        launch.say(f"predictions: {predictions}\nconfusion matrix: {figure}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        evaluate_checkpoint(request)

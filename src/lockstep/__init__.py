@@ -1,0 +1,1 @@
+"""Lockstep: the same image-classification training on every launch."""

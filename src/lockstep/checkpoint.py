@@ -1,0 +1,292 @@
+"""Checkpoints that are complete or not there: save, verify, find, load, prune.
+
+A checkpoint is a folder `step_<8 digits>`. It is written aside, flushed to the disk, described by a manifest of
+checksums and only then renamed, so that a folder with a step's name is whole. Older ones go after that. Weights are
+safetensors; the optimizer's state is read with `weights_only=True`, so nothing pickled is ever executed.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from lockstep.cli import config_to_yaml
+from lockstep.ema import ExponentialAverage
+from lockstep.progress import Progress
+from lockstep.run import Run
+
+_logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class State:
+    """Everything that training needs to go on, as tensors on the CPU and plain values."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves and restores the parts of a training run. Only the main process writes.
+
+    The loop waits for the copy to the host's memory, not for the disk: one save at a time runs in a thread.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        average: ExponentialAverage | None,
+    ) -> None:
+        """`model` is the bare network, `optimizer` the prepared one."""
+        self._run, self._accelerator = run, accelerator
+        self._model, self._optimizer, self._average = model, optimizer, average
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def restore(self) -> Progress:
+        """Put the newest undamaged checkpoint into the parts; returns its progress, or a new one if there is none."""
+        folder = find_newest(self._run.checkpoints)
+        if folder is None:
+            return Progress()
+        state = load_checkpoint(folder)
+        put_weights(self._model, state.model, str(folder))
+        self._optimizer.load_state_dict(state.optimizer)
+        if self._average is not None:
+            self._average.load_state_dict(state.ema)
+        if self._accelerator.scaler is not None and state.scaler:
+            self._accelerator.scaler.load_state_dict(state.scaler)
+        progress = Progress(**state.progress)
+        progress.restarts += 1
+        return progress
+
+    def load_best(self) -> None:
+        """Wait for the last save and put the best weights (their average, if there is one) into the network."""
+        self.wait(must_succeed=True)
+        self._accelerator.wait_for_everyone()
+        best = self._run.checkpoints / "best"
+        put_weights(self._model, load_weights(best), str(best))
+
+    def save(self, progress: Progress, *, is_best: bool) -> None:
+        """Save the present state as `last`, and as `best` if it is; reports a failed earlier save."""
+        if not self._accelerator.is_main_process:
+            return
+        self.wait()
+        self._pending = self._thread.submit(self._write, progress.step, self._capture(progress), is_best)
+
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save in flight. A failed one is a warning, or a ValueError if none will follow."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except ValueError as problem:
+            if must_succeed:
+                raise
+            _logger.warning("%s; training goes on without this checkpoint", problem)
+
+    def _capture(self, progress: Progress) -> State:
+        scaler = self._accelerator.scaler
+        average = {} if self._average is None else self._average.state_dict()
+        return State(
+            model=_on_host(self._model.state_dict()),
+            optimizer=_on_host(self._optimizer.state_dict()),
+            progress=progress.as_dict(),
+            ema=_on_host(average),
+            scaler={} if scaler is None else scaler.state_dict(),
+        )
+
+    def _write(self, step: int, state: State, is_best: bool) -> None:
+        checkpoints = self._run.checkpoints
+        folder = save_checkpoint(checkpoints, step, state, config_to_yaml(self._run.config))
+        if is_best:
+            point(checkpoints, "best", folder)
+        prune(checkpoints, self._run.config.checkpoint.keep_last)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a state dict in the host's memory, so that training may go on changing the original."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list) else value
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def save_checkpoint(checkpoints: Path, step: int, state: State, config_yaml: str) -> Path:
+    """Write the state of a step and point `last` at it; returns its folder.
+
+    Raises ValueError, in one line, if the disk is full or cannot be written; nothing half written remains.
+    """
+    final = folder_of(checkpoints, step)
+    aside = checkpoints / f".tmp_{final.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_files(aside, state, config_yaml)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _flush(checkpoints)
+        point(checkpoints, "last", final)
+    except OSError as problem:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = "the disk is full" if problem.errno == errno.ENOSPC else str(problem)
+        raise ValueError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
+    return final
+
+
+def _write_files(folder: Path, state: State, config_yaml: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in state.model.items()}, folder / "model.safetensors")
+    if state.ema:
+        save_file({name: tensor.contiguous() for name, tensor in state.ema.items()}, folder / "ema.safetensors")
+    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, folder / "optimizer.pt")
+    (folder / "progress.json").write_text(json.dumps(state.progress, indent=1))
+    (folder / "config.yaml").write_text(config_yaml)
+    manifest = {}
+    for path in sorted(folder.iterdir()):
+        _flush(path)
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder, so that it is there after a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def point(checkpoints: Path, name: str, target: Path) -> None:
+    """Make the link `name` (best, last) lead to a checkpoint, in one step."""
+    aside = checkpoints / f".tmp_{name}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name)
+    aside.replace(checkpoints / name)
+
+
+def problem_with(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as the manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _checksum(path) != expected["sha256"]:
+                return f"{name} was altered"
+    except FileNotFoundError as missing:
+        return f"{Path(missing.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as damage:
+        return f"{MANIFEST} is not readable: {damage}"
+    return None
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps with a checkpoint folder, ascending."""
+    return sorted(int(path.name[5:]) for path in checkpoints.glob("step_" + "[0-9]" * 8) if path.is_dir())
+
+
+def find_newest(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are reported and left where they are."""
+    for step in reversed(saved_steps(checkpoints)):
+        folder = folder_of(checkpoints, step)
+        problem = problem_with(folder)
+        if problem is None:
+            return folder
+        _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
+    return None
+
+
+def load_checkpoint(folder: Path) -> State:
+    """Read a checkpoint onto the CPU; raises ValueError naming it if it is missing or damaged."""
+    from safetensors.torch import load_file
+
+    problem = problem_with(folder)
+    if problem:
+        raise ValueError(f"checkpoint {folder} cannot be used: {problem}")
+    ema = folder / "ema.safetensors"
+    rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    return State(
+        model=load_file(folder / "model.safetensors"),
+        optimizer=rest["optimizer"],
+        scaler=rest["scaler"],
+        progress=json.loads((folder / "progress.json").read_text()),
+        ema=load_file(ema) if ema.is_file() else {},
+    )
+
+
+def load_weights(place: Path) -> dict[str, Tensor]:
+    """Weights for evaluation from a .safetensors file or a checkpoint folder (its average, if it has one)."""
+    from safetensors.torch import load_file
+
+    if place.is_dir():
+        problem = problem_with(place)
+        if problem:
+            raise ValueError(f"checkpoint {place} cannot be used: {problem}")
+        ema = place / "ema.safetensors"
+        place = ema if ema.is_file() else place / "model.safetensors"
+    if not place.is_file():
+        raise ValueError(f"checkpoint {place} does not exist")
+    try:
+        return load_file(place)
+    except Exception as damage:  # safetensors has an exception type of its own, outside OSError and ValueError
+        raise ValueError(f"checkpoint {place} cannot be read: {damage}") from damage
+
+
+def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights into a network; raises ValueError naming what does not fit."""
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or unknown or shapes:
+        parts = {"missing": missing, "unknown": unknown, "of another shape": sorted(shapes)}
+        details = "; ".join(f"{len(names)} {kind}, for example {names[0]}" for kind, names in parts.items() if names)
+        raise ValueError(f"{source} holds another network: weights {details}")
+    model.load_state_dict(weights)
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the one that `best` leads to; also half-written ones."""
+    best = checkpoints / "best"
+    kept = {folder_of(checkpoints, step) for step in saved_steps(checkpoints)[-keep_last:]}
+    if best.exists():
+        kept.add(checkpoints / os.readlink(best))
+    for step in saved_steps(checkpoints):
+        folder = folder_of(checkpoints, step)
+        if folder not in kept:
+            aside = checkpoints / f".tmp_{folder.name}"
+            folder.rename(aside)  # a kill during removal must not leave a folder that looks whole
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,456 @@
+"""Every setting: one frozen dataclass per section, one default each.
+
+Nothing here knows the command line, torch or the file system. A contradiction between settings is refused in
+`__post_init__`, naming the flags, before anything is built. The text under a field is what `--help` shows.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_fraction(flag: str, value: float, *, one_allowed: bool = True) -> None:
+    inside = 0 <= value <= 1 if one_allowed else 0 <= value < 1
+    _require(inside, f"--{flag}={value} must lie in [0, 1{']' if one_allowed else ')'}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called, where it lives and how it starts."""
+
+    name: str | None = None
+    """Folder under run.root; default: the recipe's name and six hex digits of the settings that shape the result"""
+    root: str = "runs"
+    """Folder that holds all runs"""
+    seed: int = 0
+    """The one seed: initial weights, order, augmentation, dropout and the validation split follow from it"""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue an unfinished run; never: refuse an existing folder; must: refuse a missing one"""
+    max_hours: float | None = None
+    """Save and stop (to be continued) after this many hours"""
+    notes: str = ""
+    """Free text for W&B and config.yaml"""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by in W&B"""
+    group: str | None = None
+    """W&B group, for example a sweep's name"""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"--run.seed={self.seed} must not be negative")
+        if self.name is not None:
+            unusual = self.name in ("", ".", "..") or "/" in self.name
+            _require(not unusual, f"--run.name={self.name!r} must be one folder name; set --run.root for the place")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they reach the network."""
+
+    source: str = "embedded:digits"
+    """embedded:digits, torchvision:<Name>, hf:<hub name or folder>, folder:<path> or synthetic:HxWxCxN"""
+    root: str = "data"
+    """Folder that torchvision data sets are downloaded to"""
+    cache_dir: str = "~/.cache/lockstep"
+    """Folder for decoded uint8 images"""
+    val_fraction: float = 0.1
+    """Share of the training set held out for validation, stratified by class; unused if the source has its own"""
+    workers: int = 0
+    """Processes that decode images of a set too large for the cache; -1: one per spare core"""
+    memory_budget: float = 2.0
+    """GiB; a set that fits is decoded once and kept in memory (or on the device), a larger one streams"""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An unreadable image ends the run with its path, or is skipped and counted"""
+    num_classes: int | None = None
+    """Classes of the network if more than the data set shows"""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """shuffle: every sample once per epoch; balanced: every class equally often"""
+    repeats: int = 1
+    """Repeated augmentation: each chosen sample appears this many times in its global batch"""
+
+    def __post_init__(self) -> None:
+        _require_fraction("data.val_fraction", self.val_fraction, one_allowed=False)
+        _require(self.workers >= -1, f"--data.workers={self.workers} must be -1 (choose for me), 0 or more")
+        _require(self.memory_budget >= 0, f"--data.memory_budget={self.memory_budget} must not be negative")
+        _require(self.repeats >= 1, f"--data.repeats={self.repeats} must be at least 1")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to training images; evaluation only resizes, crops and normalises."""
+
+    image_size: int | None = None
+    """Height and width the network sees; default: the data set's own"""
+    eval_crop: float = 1.0
+    """Evaluation and caching resize the shorter side to image_size / eval_crop, then cut the centre"""
+    resized_crop: float = 0.0
+    """Smallest area share of a random crop that is resized to image_size (ImageNet: 0.08); 0: off"""
+    crop_padding: int = 0
+    """Pad by this many pixels, then cut a random window of the old size"""
+    flip: bool = False
+    """Mirror left-right with probability 1/2"""
+    vertical_flip: bool = False
+    """Mirror top-bottom with probability 1/2"""
+    rotation: float = 0.0
+    """Rotate by up to this many degrees either way"""
+    translate: float = 0.0
+    """Shift by up to this share of the image size"""
+    zoom: float = 0.0
+    """Scale by a factor from 1 - zoom to 1 + zoom"""
+    shear: float = 0.0
+    """Shear by up to this many degrees either way"""
+    perspective: float = 0.0
+    """Move the corners by up to this share of half the image size"""
+    jitter: tuple[float, ...] = ()
+    """Strengths of brightness, contrast, saturation and hue jitter, as many as wanted: [0.2, 0.2]"""
+    grayscale: float = 0.0
+    """Probability of losing all colour"""
+    blur: float = 0.0
+    """Probability of a Gaussian blur (sigma 0.1 to 2 pixels)"""
+    noise: float = 0.0
+    """Standard deviation of added Gaussian noise, for images in [0, 1]"""
+    erasing: float = 0.0
+    """Probability of erasing a rectangle (area 0.02-0.4, aspect 0.3-3.3)"""
+    mixup: float | None = None
+    """Mix pairs of images with a weight from Beta(mixup, mixup)"""
+    cutmix: float | None = None
+    """Paste rectangles between images, area from Beta(cutmix, cutmix); with mixup too, each microbatch draws one"""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean for images in [0, 1]; default: measured on the training set (ImageNet's when it streams)"""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation, as for mean"""
+
+    def __post_init__(self) -> None:
+        for name in ("resized_crop", "grayscale", "blur", "erasing"):
+            _require_fraction(f"augment.{name}", getattr(self, name))
+        for name in ("translate", "zoom", "perspective"):
+            _require_fraction(f"augment.{name}", getattr(self, name), one_allowed=False)
+        for name in ("crop_padding", "rotation", "shear", "noise"):
+            _require(getattr(self, name) >= 0, f"--augment.{name}={getattr(self, name)} must not be negative")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"--augment.{name}={value} must not be negative")
+        _require(0 < self.eval_crop <= 1, f"--augment.eval_crop={self.eval_crop} must lie in (0, 1]")
+        _require(self.image_size is None or self.image_size > 0, f"--augment.image_size={self.image_size} must be > 0")
+        _require(len(self.jitter) <= 4, "--augment.jitter takes at most brightness, contrast, saturation and hue")
+        _require(min(self.jitter, default=0) >= 0, f"--augment.jitter={list(self.jitter)} must not be negative")
+        _require(len(self.jitter) < 4 or self.jitter[3] <= 0.5, "--augment.jitter: hue must lie in [0, 0.5]")
+        _require(
+            (self.mean is None) == (self.std is None),
+            "--augment.mean and --augment.std belong together: set both or neither",
+        )
+        _require(self.std is None or min(self.std) > 0, f"--augment.std={self.std} must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    name: str = "fashion_cnn"
+    """mlp, mlp_dropout, tiny_cnn, simple_cnn, fashion_cnn, cifar10_cnn, vgg_small, resnet_basic or timm/<name>"""
+    dropout: float | None = None
+    """Dropout probability; default: the network's own"""
+    drop_path: float = 0.0
+    """Stochastic depth of timm networks that have it"""
+    width: int | None = None
+    """Channels of the first convolution (or neurons of a one-layer mlp); default: the network's own"""
+    hidden: tuple[int, ...] = ()
+    """Hidden layer sizes of mlp_dropout; default: its own"""
+    batch_norm: bool = True
+    """Batch norm in networks of ours that have it"""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise that hidden linear layers of our networks add to their input in training"""
+    init: Literal["default", "kaiming_normal", "xavier_uniform", "xavier_normal", "constant"] = "default"
+    """Initial weights of convolutions and linear layers; default: the network's own"""
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
+    """First layers of a timm ResNet; auto: cifar (3x3, no pooling) up to 64 pixels, imagenet above"""
+    pretrained: bool = False
+    """Start from timm's published weights (network or hub cache needed)"""
+    checkpoint: str | None = None
+    """Start from the weights of this .safetensors file or checkpoint folder"""
+    summary: bool = False
+    """Print the layer table, parameters and FLOPs"""
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None:
+            _require_fraction("model.dropout", self.dropout, one_allowed=False)
+        _require_fraction("model.drop_path", self.drop_path, one_allowed=False)
+        _require(self.noise >= 0, f"--model.noise={self.noise} must not be negative")
+        _require(self.width is None or self.width > 0, f"--model.width={self.width} must be positive")
+        _require(min(self.hidden, default=1) > 0, f"--model.hidden={list(self.hidden)} must be positive")
+        _require(
+            not (self.pretrained and self.checkpoint),
+            "--model.pretrained=true and --model.checkpoint both set the first weights: choose one",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How gradients become updates."""
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"] = "adamw"
+    """Optimizer, with torch's own defaults for what is not set here"""
+    lr: float = 1e-3
+    """Highest learning rate"""
+    weight_decay: float = 0.0
+    """L2 penalty (decoupled for adamw)"""
+    decay_all: bool = True
+    """false: no weight decay on biases and norm layers"""
+    momentum: float = 0.0
+    """Momentum of sgd and rmsprop"""
+    nesterov: bool = False
+    """Nesterov momentum for sgd"""
+    l1: float = 0.0
+    """L1 penalty on all weights, added to the gradient; the logged loss is without it"""
+    clip_norm: float | None = None
+    """Largest gradient norm of a step; default: no clipping"""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"--optim.lr={self.lr} must be positive")
+        for name in ("weight_decay", "l1"):
+            _require(getattr(self, name) >= 0, f"--optim.{name}={getattr(self, name)} must not be negative")
+        _require_fraction("optim.momentum", self.momentum, one_allowed=False)
+        _require(
+            self.momentum == 0 or self.name in ("sgd", "rmsprop"),
+            f"--optim.momentum={self.momentum} has no meaning for --optim.name={self.name}: remove it",
+        )
+        _require(
+            not self.nesterov or (self.name == "sgd" and self.momentum > 0),
+            "--optim.nesterov=true needs --optim.name=sgd and --optim.momentum above 0",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"--optim.clip_norm={self.clip_norm} must be positive (leave it out for no clipping)",
+        )
+
+
+SCHEDULES = (
+    "constant",
+    "step",
+    "multistep",
+    "exponential",
+    "cosine",
+    "plateau",
+    "cosine_restarts",
+    "cyclic",
+    "onecycle",
+    "polynomial",
+)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    name: Literal[
+        "constant",
+        "step",
+        "multistep",
+        "exponential",
+        "cosine",
+        "plateau",
+        "cosine_restarts",
+        "cyclic",
+        "onecycle",
+        "polynomial",
+    ] = "constant"
+    """Shape; combine with warmup_epochs for a linear warm-up"""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 1 % of the learning rate"""
+    min_lr: float = 0.0
+    """Floor of cosine, cosine_restarts, cyclic, onecycle, polynomial and plateau"""
+    period_epochs: float = 10.0
+    """Epochs between drops (step), restarts (cosine_restarts) or valleys (cyclic)"""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which multistep drops"""
+    gamma: float = 0.1
+    """Factor of each drop (step, multistep, plateau) or of each epoch (exponential)"""
+    patience: int = 3
+    """Epochs without a lower validation loss before plateau drops"""
+    power: float = 0.9
+    """Exponent of polynomial"""
+    peak: float = 0.3
+    """Share of training at which onecycle reaches the highest learning rate"""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_epochs", "min_lr", "patience"):
+            _require(getattr(self, name) >= 0, f"--schedule.{name}={getattr(self, name)} must not be negative")
+        for name in ("period_epochs", "gamma", "power"):
+            _require(getattr(self, name) > 0, f"--schedule.{name}={getattr(self, name)} must be positive")
+        _require(0 < self.peak < 1, f"--schedule.peak={self.peak} must lie between 0 and 1")
+        _require(
+            list(self.milestones) == sorted(self.milestones),
+            f"--schedule.milestones={list(self.milestones)} must ascend",
+        )
+        _require(
+            self.name != "multistep" or len(self.milestones) > 0,
+            "--schedule.name=multistep needs --schedule.milestones, for example [30, 60, 80]",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much training, in which portions."""
+
+    batch_size: int = 64
+    """Samples of one step over all processes: the global batch"""
+    micro_batch_size: int | None = None
+    """Samples of one forward/backward on one process; default: batch_size / processes (accumulation 1)"""
+    epochs: int = 10
+    """Passes over the training set"""
+    max_steps: int | None = None
+    """Stop after this many steps even if epochs remain; the schedule stays that of all epochs"""
+    loss: Literal["cross_entropy", "nll"] = "cross_entropy"
+    """nll is cross-entropy spelled as log-softmax and negative log-likelihood"""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes"""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
+    early_stop_epochs: int | None = None
+    """Stop after this many epochs without better validation accuracy; default: never"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            _require(getattr(self, name) >= 1, f"--train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("micro_batch_size", "max_steps", "early_stop_epochs"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--train.{name}={value} must be at least 1")
+        _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
+        _require(
+            self.loss == "cross_entropy" or self.label_smoothing == 0,
+            "--train.label_smoothing works with --train.loss=cross_entropy only",
+        )
+        if self.ema_decay is not None:
+            _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            below = self.batch_size - self.batch_size % micro
+            nearest = [str(size) for size in (below, below + micro) if size > 0]
+            raise ValueError(
+                f"--train.batch_size={self.batch_size} is not a multiple of "
+                f"--train.micro_batch_size={micro}: the nearest that is: {' or '.join(nearest)}"
+            )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the hardware is used. Nothing here changes what is learned, except precision and sync_batchnorm."""
+
+    precision: Literal["launch", "auto", "no", "bf16", "fp16"] = "launch"
+    """launch: what accelerate launch was told; auto: the fastest that this device does well; or set outright"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights; float64 is for proofs of equality"""
+    compile: bool = False
+    """torch.compile the network: pays on long GPU runs, seldom on CPUs"""
+    threads: int | None = None
+    """CPU threads per process; default: the cores this process owns"""
+    sync_batchnorm: bool = False
+    """Batch statistics over all processes; leaves the promise of equal training on every launch"""
+    profile: bool = False
+    """Write a torch profiler trace of steps 10 to 15 to the run folder"""
+
+    def __post_init__(self) -> None:
+        _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
+        _require(
+            self.dtype == "float32" or self.precision in ("launch", "no"),
+            f"--runtime.dtype=float64 cannot be combined with --runtime.precision={self.precision}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved, and how much of it is kept."""
+
+    every_steps: int | None = None
+    """Save every this many steps; default: at the ends of epochs only"""
+    every_epochs: int = 1
+    """Save (and validate) every this many epochs"""
+    keep_last: int = 2
+    """Newest checkpoints to keep beside the best one"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every_steps is None or self.every_steps >= 1,
+            f"--checkpoint.every_steps={self.every_steps} must be at least 1",
+        )
+        for name in ("every_epochs", "keep_last"):
+            _require(getattr(self, name) >= 1, f"--checkpoint.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down while training."""
+
+    every_steps: int = 50
+    """Read loss and accuracy from the device, and log them, every this many steps"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online after wandb login, offline otherwise; never a prompt, never a reason to stop"""
+    project: str = "lockstep"
+    """W&B project"""
+    tensorboard: bool = True
+    """Write TensorBoard event files"""
+    histogram_every_steps: int | None = None
+    """Write histograms of gradients and weights every this many steps; default: never"""
+    figures: bool = True
+    """Draw the run's pictures: curves, confusion matrix, samples"""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")
+        _require(
+            self.histogram_every_steps is None or self.histogram_every_steps >= 1,
+            f"--log.histogram_every_steps={self.histogram_every_steps} must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.batch_size % self.data.repeats == 0,
+            f"--train.batch_size={self.train.batch_size} is not a multiple of --data.repeats={self.data.repeats}",
+        )
+
+
+# Settings that leave the learned weights as they are, or only say how long and how well watched the run is.
+_SHAPELESS = {
+    "run": {"name", "root", "resume", "max_hours", "notes", "tags", "group"},
+    "data": {"root", "cache_dir", "workers"},
+    "model": {"summary"},
+    "runtime": {"compile", "threads", "profile"},
+    "checkpoint": {"every_steps", "keep_last"},
+    "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
+}
+
+
+def shaping_settings(config: Config) -> dict[str, Any]:
+    """Flat `section.key -> value` of the settings that shape the result; a run folder belongs to one such set."""
+    return {
+        f"{section}.{key}": value
+        for section, values in asdict(config).items()
+        for key, value in values.items()
+        if key not in _SHAPELESS.get(section, ())
+    }
+
+
+def settings_digest(config: Config) -> str:
+    """Six hex digits of the settings that shape the result."""
+    text = json.dumps(shaping_settings(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -1,0 +1,244 @@
+"""Images decoded once into one uint8 file, shared by all processes and later runs through the page cache."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from PIL import Image
+
+from lockstep.data.source import Split
+
+_logger = logging.getLogger(__name__)
+
+_RULE_VERSION = 1  # raise it when `decode` gives other pixels
+_BLOCK = 2048  # images decoded between two writes
+_TASK = 32  # images per task of the thread pool: one alone is too short to pay for the hand-over
+_GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
+_DECODING_ERRORS = (
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    Image.DecompressionBombError,
+    zlib.error,
+    struct.error,
+)
+
+
+class UnreadableImage(ValueError):
+    """The bytes of one image are missing or broken; the message names it. `data.on_error=skip` skips these alone."""
+
+
+def channels_of(image: Image.Image) -> int:
+    """1 for grey modes, 3 for all others."""
+    return 1 if image.mode in _GREY_MODES else 3
+
+
+def open_image(split: Split, row: int) -> Image.Image:
+    """The image at `row`, completely decoded, in its own mode and size.
+
+    Raises UnreadableImage, naming file or row, if its bytes are missing or broken; plain ValueError if the file cannot
+    be reached for another reason (an input/output error says nothing about the image, so it is never skipped).
+    """
+    try:
+        image = split.read(row)
+        image.load()
+    except OSError as error:
+        kind = UnreadableImage if error.errno in (None, errno.ENOENT, errno.EISDIR) else ValueError
+        raise kind(_broken(split, row, error)) from error
+    except _DECODING_ERRORS as error:
+        raise UnreadableImage(_broken(split, row, error)) from error
+    return image
+
+
+def read_image(split: Split, row: int, channels: int) -> Image.Image:
+    """`open_image` in mode L (`channels` 1) or RGB (3); plain ValueError if it holds 32-bit pixels."""
+    image = open_image(split, row)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{split.where(row)} has 32-bit pixels (mode {image.mode}): convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _broken(split: Split, row: int, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return (
+        f"{split.where(row)} cannot be decoded ({reason or repr(error)}): "
+        "replace or remove it, or set --data.on_error=skip"
+    )
+
+
+def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | None) -> np.ndarray:
+    """Pixels of `image` as uint8 of `shape` (H, W, C), C being 1 or 3.
+
+    The shorter side is resized to `resize_size` (bilinear, antialiased) and the centre of H x W cut out, filled up
+    with black where it is larger. `resize_size=None` takes the image as it is and raises ValueError if its size is
+    another one.
+    """
+    height, width, channels = shape
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    if resize_size is None and image.size != (width, height):
+        raise ValueError(
+            f"is {image.height}x{image.width} where others are {height}x{width}: "
+            "set --augment.image_size to bring all images to one size"
+        )
+    if resize_size is not None and min(image.size) != resize_size:
+        scale = resize_size / min(image.size)
+        size = (max(round(image.width * scale), resize_size), max(round(image.height * scale), resize_size))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    if image.size != (width, height):
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image, dtype=np.uint8).reshape(shape)
+
+
+def decode_row(split: Split, row: int, shape: tuple[int, int, int], resize_size: int | None) -> np.ndarray:
+    """`decode` the image at `row`, uint8 of `shape`; an error is a ValueError that names the image."""
+    image = read_image(split, row, shape[2])
+    try:
+        return decode(image, shape, resize_size)
+    except ValueError as error:
+        raise ValueError(f"{split.where(row)} {error}") from error
+
+
+def decode_cached(
+    split: Split,
+    shape: tuple[int, int, int],
+    resize_size: int | None,
+    cache_dir: str | Path,
+    fingerprint: str,
+    on_error: Literal["raise", "skip"],
+) -> tuple[np.ndarray, np.ndarray]:
+    """All images of `split`, decoded once for all runs and kept as a file in `cache_dir`.
+
+    `shape` and `resize_size` are those of `decode`, `fingerprint` the source's. Returns uint8 (N, *shape), mapped
+    copy-on-write (processes share its pages, and writing to it never reaches the file), and bool (N,), true where an
+    image was skipped. Of several processes that call this at once, one decodes and the others wait. A damaged file is
+    reported and built again. Raises ValueError for an unreadable image under `on_error="raise"`, for an image of
+    another size, if all images are unreadable, and for a folder that cannot be written to or is full.
+    """
+    from filelock import FileLock
+
+    key = json.dumps([fingerprint, split.name, len(split), shape, resize_size, on_error, _RULE_VERSION])
+    folder = Path(cache_dir).expanduser()
+    path = folder / f"{split.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
+    expected = (len(split), *shape)
+    cached = _open_verified(path, expected, warn=False)
+    if cached is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                cached = _open_verified(path, expected, warn=True)
+                if cached is None:
+                    _build(path, split, shape, resize_size, on_error)
+                    cached = _open_verified(path, expected, warn=True)
+        except OSError as error:
+            raise ValueError(
+                f"the image cache {folder} cannot be written ({error.strerror or error}): make room there, set another "
+                "--data.cache_dir, or --data.memory_budget=0 to do without"
+            ) from error
+    if cached is None:
+        raise ValueError(f"the image cache {path} does not keep what is written to it: set another --data.cache_dir")
+    return cached
+
+
+def _open_verified(path: Path, shape: tuple[int, ...], *, warn: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """The cached arrays if both files are there and whole, else None."""
+    description_path = path.with_suffix(".json")
+    if not path.exists() and not description_path.exists():
+        return None
+    try:
+        description = json.loads(description_path.read_text())
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+        skipped = np.zeros(shape[0], dtype=bool)
+        skipped[np.asarray(description["skipped"], dtype=np.int64)] = True
+        if images.shape == shape and images.dtype == np.uint8 and _checksum(images) == description["crc32"]:
+            return images, skipped
+        problem = "its content differs from what was written"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        problem = " ".join(str(error).split())
+    if warn:
+        _logger.warning("the image cache %s is damaged (%s): decoding the images again", path, problem)
+    return None
+
+
+def _checksum(images: np.ndarray) -> int:
+    checksum = 0
+    for start in range(0, len(images), _BLOCK):
+        checksum = zlib.crc32(images[start : start + _BLOCK], checksum)
+    return checksum
+
+
+def _build(
+    path: Path,
+    split: Split,
+    shape: tuple[int, int, int],
+    resize_size: int | None,
+    on_error: Literal["raise", "skip"],
+) -> None:
+    """Write the images, then their description, each aside and renamed, so that a kill leaves nothing half done."""
+    _logger.info("decoding %d images of the %s split into %s", len(split), split.name, path)
+    skipped: list[int] = []
+    checksum = 0
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *shape)}
+    with _written_aside(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for images, broken in _decoded_blocks(split, shape, resize_size, on_error):
+            checksum = zlib.crc32(images, checksum)
+            skipped += broken
+            file.write(images)
+        if len(skipped) == len(split):
+            raise ValueError(f"none of the {len(split)} images of the {split.name} split can be decoded")
+    description: dict[str, Any] = {"images": len(split), "skipped": skipped, "crc32": checksum}
+    with _written_aside(path.with_suffix(".json")) as file:
+        file.write(json.dumps(description).encode())
+
+
+def _decoded_blocks(
+    split: Split, shape: tuple[int, int, int], resize_size: int | None, on_error: Literal["raise", "skip"]
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Consecutive images, uint8 (n, *shape), black where skipped, with the rows that were skipped."""
+
+    def decode_rows(rows: range) -> tuple[np.ndarray, list[int]]:
+        images = np.zeros((len(rows), *shape), dtype=np.uint8)
+        broken = []
+        for index, row in enumerate(rows):
+            try:
+                images[index] = decode_row(split, row, shape, resize_size)
+            except UnreadableImage:
+                if on_error == "raise":
+                    raise
+                broken.append(row)
+        return images, broken
+
+    rows = range(len(split))
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
+        for start in range(0, len(split), _BLOCK):  # block by block, so that results never pile up in memory
+            block = rows[start : start + _BLOCK]
+            yield from pool.map(decode_rows, [block[task : task + _TASK] for task in range(0, len(block), _TASK)])
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is complete and on the disk, or never."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

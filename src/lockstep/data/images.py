@@ -1,0 +1,210 @@
+"""The training, validation and test images of a run: decoded and in memory, or read one by one."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lockstep.config import AugmentConfig, Config, DataConfig
+from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
+from lockstep.data.source import Source, Split, open_source
+from lockstep.data.split import load_or_draw_split
+
+_logger = logging.getLogger(__name__)
+
+SKIPPED_LABEL = -100  # what torch's losses ignore by default
+_PROBES = 16  # images looked at to learn size and channels
+_CHUNK = 1024  # images summed at a time
+# Of ImageNet's training images, the field's usual constants; grey is the mean over the channels.
+_IMAGENET_MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
+_IMAGENET_STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Samples for training or evaluation.
+
+    Sample i has label `labels[i]` (int64 (N,), -100 where the image was skipped) and is row `rows[i]` (int64 (N,)) of
+    `split`. `images` is uint8 (M, H, W, C) over the rows of the whole split, so that its pixels are
+    `images[rows[i]]` and subsets share one tensor; None for a streamed set. `shape` is (C, H, W).
+    """
+
+    split: Split
+    rows: Tensor
+    labels: Tensor
+    images: Tensor | None
+    shape: tuple[int, int, int]
+    resize_size: int | None
+    on_error: Literal["raise", "skip"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor | np.ndarray) -> "ImageSet":
+        """The samples at `indices`, int (K,), in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return dataclasses.replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
+    def load(self, index: int) -> Tensor | None:
+        """Sample `index` as evaluation sees it, uint8 (H, W, C); None if it is skipped.
+
+        Raises ValueError naming the image if it is unreadable and `on_error` is "raise", or has another size.
+        """
+        row = int(self.rows[index])
+        if self.images is not None:
+            return None if self.labels[index] == SKIPPED_LABEL else self.images[row]
+        channels, height, width = self.shape
+        try:
+            return torch.from_numpy(decode_row(self.split, row, (height, width, channels), self.resize_size).copy())
+        except UnreadableImage:
+            if self.on_error == "raise":
+                raise
+            return None
+
+    def open(self, index: int) -> Image.Image | None:
+        """Sample `index` in its full size, decoded, mode L or RGB, for random resized crops; else as `load`."""
+        try:
+            return read_image(self.split, int(self.rows[index]), self.shape[0])
+        except UnreadableImage:
+            if self.on_error == "raise":
+                raise
+            return None
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """All images of a run, and what networks need to know of them.
+
+    `val` is None without a validation split. `mean` and `std` are per channel, for pixels in [0, 1]. `num_classes` may
+    exceed `len(classes)` if the settings say so.
+    """
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Size of all images in the network's eyes, and whether the files hold larger ones."""
+
+    shape: tuple[int, int, int]  # H, W, C
+    resize_size: int | None
+    shrinks: bool
+
+
+def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
+    """Open the data set, choose between memory and streaming, and split off the validation samples.
+
+    Sets whose decoded images fit `data.memory_budget` together are decoded once into `data.cache_dir`; larger ones
+    stream, and so does a training set whose random crops need more than the cached pixels. Every process of a run
+    calls this; one, with `write`, leaves `split.json` in `run_dir`. Raises ValueError, in one line, for all that is
+    wrong with the data or does not fit the settings.
+    """
+    source = open_source(config.data)
+    num_classes = config.data.num_classes or len(source.classes)
+    if num_classes < len(source.classes):
+        raise ValueError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
+    geometry = _look_at(source.splits["train"], config.data, config.augment)
+    sets = _image_sets(source, geometry, config)
+    train, val = sets["train"], sets.get("val")
+    if val is None and config.data.val_fraction > 0:
+        labels, seed = source.splits["train"].labels, config.run.seed
+        chosen = load_or_draw_split(run_dir / "split.json", labels, config.data, seed, write=write)
+        train, val = (train.subset(indices) for indices in chosen)
+    height, width, channels = geometry.shape
+    mean, std = _normalization(train, channels, config.augment)
+    return Data(train, val, sets["test"], source.classes, (channels, height, width), num_classes, mean, std)
+
+
+def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometry:
+    """Learn size and channels from a few images spread over the split; the first readable one decides."""
+    images = []
+    for row in np.unique(np.linspace(0, len(split) - 1, _PROBES).astype(int)):
+        try:
+            images.append(open_image(split, int(row)))
+        except UnreadableImage:
+            if data.on_error == "raise":
+                raise
+    if not images:
+        raise ValueError(f"{data.source}: none of {_PROBES} images looked at can be decoded")
+    channels = channels_of(images[0])
+    size = augment.image_size
+    if size is None:
+        if augment.eval_crop < 1:
+            raise ValueError(f"--augment.eval_crop={augment.eval_crop} needs --augment.image_size")
+        return _Geometry((images[0].height, images[0].width, channels), None, shrinks=False)
+    shrinks = any(max(image.size) > size for image in images)
+    return _Geometry((size, size, channels), round(size / augment.eval_crop), shrinks)
+
+
+def _image_sets(source: Source, geometry: _Geometry, config: Config) -> dict[str, ImageSet]:
+    """Every split of the source, decoded or streamed; splits that are one object stay one."""
+    train_streams = config.augment.resized_crop > 0 and geometry.shrinks
+    unique = {id(split): split for split in source.splits.values()}.values()
+    counted = [len(split) for split in unique if not (train_streams and split is source.splits["train"])]
+    fits = sum(counted) * int(np.prod(geometry.shape)) <= config.data.memory_budget * 2**30
+    sets = {}
+    for split in unique:
+        in_memory = fits and not (train_streams and split is source.splits["train"])
+        sets[id(split)] = _image_set(split, geometry, config.data, source.fingerprint if in_memory else None)
+    return {name: sets[id(split)] for name, split in source.splits.items()}
+
+
+def _image_set(split: Split, geometry: _Geometry, data: DataConfig, fingerprint: str | None) -> ImageSet:
+    """One split, decoded if the `fingerprint` for its cache file is given."""
+    labels = torch.from_numpy(split.labels.copy())
+    images = None
+    if fingerprint is not None:
+        pixels, skipped = decode_cached(
+            split, geometry.shape, geometry.resize_size, data.cache_dir, fingerprint, data.on_error
+        )
+        images = torch.from_numpy(pixels)
+        labels[torch.from_numpy(skipped)] = SKIPPED_LABEL
+        if skipped.any():
+            first = split.where(int(np.flatnonzero(skipped)[0]))
+            _logger.warning("%s: %d of %d images skipped, the first: %s", split.name, skipped.sum(), len(split), first)
+    height, width, channels = geometry.shape
+    rows = torch.arange(len(split))
+    return ImageSet(split, rows, labels, images, (channels, height, width), geometry.resize_size, data.on_error)
+
+
+def _normalization(
+    train: ImageSet, channels: int, augment: AugmentConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and standard deviation: the settings', measured, or ImageNet's for a streamed set."""
+    if augment.mean is not None and augment.std is not None:
+        if {len(augment.mean), len(augment.std)} - {1, channels}:
+            raise ValueError(f"--augment.mean and --augment.std need 1 or {channels} values, one per channel")
+        return augment.mean * (channels // len(augment.mean)), augment.std * (channels // len(augment.std))
+    if train.images is None:
+        return _IMAGENET_MEAN[channels], _IMAGENET_STD[channels]
+    return _measure(train.images, train.rows[train.labels != SKIPPED_LABEL])
+
+
+def _measure(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of `images[rows]` / 255; a constant channel gets deviation 1."""
+    height, width, channels = images.shape[1:]
+    # Sums of integers stay exact in float64, so that the order and size of the chunks leave no trace.
+    total = np.zeros(height * width * channels)
+    squares = np.zeros_like(total)
+    for chunk in rows.split(_CHUNK):
+        pixels = images[chunk].reshape(len(chunk), -1).numpy().astype(np.float64)
+        total += pixels.sum(axis=0)
+        squares += np.einsum("np,np->p", pixels, pixels)
+    count = len(rows) * height * width
+    mean = total.reshape(-1, channels).sum(axis=0) / count
+    variance = squares.reshape(-1, channels).sum(axis=0) / count - mean**2
+    std = np.sqrt(np.maximum(variance, 0))
+    return tuple((mean / 255).tolist()), tuple(np.where(std > 0, std / 255, 1.0).tolist())

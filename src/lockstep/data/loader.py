@@ -1,0 +1,148 @@
+"""Microbatches for training and batches for evaluation, as uint8 images on the device.
+
+A decoded set is indexed directly: no workers, no copies of what is not used. A streamed one is read by a torch
+DataLoader whose batches are given by the sampler, so that workers only decide when something is decoded, never what.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Resampling
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lockstep.augment import crop_boxes
+from lockstep.config import Config
+from lockstep.data.images import SKIPPED_LABEL, ImageSet
+from lockstep.randomness import sample_keys
+from lockstep.runtime import Launch
+from lockstep.sampler import Microbatch, Sampler
+
+# Samples of one evaluation batch. Fixed, and batches are dealt to processes whole, so that each sample is computed
+# in the same company everywhere.
+EVALUATION_BATCH = 256
+
+
+class Batch(NamedTuple):
+    """Images uint8 (B, H, W, C), labels int64 (B,) and keys of randomness int64 (B,), all on the device."""
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+
+
+class TrainLoader:
+    """This process's share of the global order. Holds no position: any step can be asked for at any time."""
+
+    def __init__(self, data: ImageSet, sampler: Sampler, launch: Launch, config: Config) -> None:
+        self.sampler = sampler
+        self.numbers = range(launch.process_index, sampler.microbatches_per_step, launch.num_processes)
+        """Numbers of this process's microbatches within each step"""
+        self._data, self._launch, self._config = data, launch, config
+        self._labels = data.labels.to(launch.device)
+        self._rows = data.rows.to(launch.device)
+        self._images = None if data.images is None else data.images.to(launch.device)
+        self.precropped = data.images is None and config.augment.resized_crop > 0
+
+    @property
+    def accumulation(self) -> int:
+        return len(self.numbers)
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """`accumulation` batches for each step, in the order of `numbers`."""
+        microbatches = self.sampler.microbatches(steps, self.numbers)
+        return map(self._gather, microbatches) if self._images is not None else self._stream(microbatches)
+
+    def _keys(self, microbatch: Microbatch, device: torch.device) -> Tensor:
+        rows = self._data.rows[torch.from_numpy(microbatch.samples)].to(device)
+        repeats = torch.from_numpy(microbatch.repeats).to(device)
+        return sample_keys(self._config.run.seed, microbatch.epoch, rows, repeats)
+
+    def _gather(self, microbatch: Microbatch) -> Batch:
+        assert self._images is not None
+        samples = torch.from_numpy(microbatch.samples).to(self._launch.device, non_blocking=True)
+        images = self._images.index_select(0, self._rows[samples])
+        return Batch(images, self._labels[samples], self._keys(microbatch, self._launch.device))
+
+    def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
+        min_area = self._config.augment.resized_crop if self.precropped else 0.0
+        cpu = torch.device("cpu")
+        requests = ((m.samples.tolist(), self._keys(m, cpu)) for m in microbatches)
+        tagged = ([(index, key, min_area) for index, key in zip(*request, strict=True)] for request in requests)
+        loader = _data_loader(self._data, tagged, self._config, self._launch)
+        for images, labels, keys in loader:
+            yield Batch(*(part.to(self._launch.device, non_blocking=True) for part in (images, labels, keys)))
+
+
+class EvaluationLoader:
+    """A set in fixed order and batches of EVALUATION_BATCH, every process_index-th batch on this process."""
+
+    def __init__(self, data: ImageSet, num_classes: int, launch: Launch, config: Config) -> None:
+        self.data, self.num_classes = data, num_classes
+        self._launch, self._config = launch, config
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Sample indices int64 (B,), images uint8 (B, H, W, C) and labels int64 (B,), on the device."""
+        device = self._launch.device
+        starts = range(0, len(self.data), EVALUATION_BATCH)[self._launch.process_index :: self._launch.num_processes]
+        batches = [torch.arange(start, min(start + EVALUATION_BATCH, len(self.data))) for start in starts]
+        if self.data.images is not None:
+            for samples in batches:
+                images = self.data.images.index_select(0, self.data.rows[samples])
+                yield samples.to(device), images.to(device), self.data.labels[samples].to(device)
+            return
+        tagged = ([(int(index), index, 0.0) for index in samples] for samples in batches)
+        for images, labels, samples in _data_loader(self.data, tagged, self._config, self._launch):
+            yield samples.to(device), images.to(device), labels.to(device)
+
+
+Request = tuple[int, Tensor, float]  # sample index, key, smallest area of a random crop (0: none)
+
+
+class _Decoder(Dataset):
+    """Answers requests of one sample each; lives in the workers."""
+
+    def __init__(self, data: ImageSet) -> None:
+        self.data = data
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+        index, key, min_area = request
+        pixels = self._crop(index, key, min_area) if min_area else self.data.load(index)
+        if pixels is None:
+            channels, height, width = self.data.shape
+            return torch.zeros(height, width, channels, dtype=torch.uint8), torch.tensor(SKIPPED_LABEL), key
+        return pixels, self.data.labels[index], key
+
+    def _crop(self, index: int, key: Tensor, min_area: float) -> Tensor | None:
+        """A random part of the full image, resized with antialiasing, uint8 (H, W, C)."""
+        image = self.data.open(index)
+        if image is None:
+            return None
+        x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area))
+        left, top = (x - width / 2) * image.width, (y - height / 2) * image.height
+        box = (left, top, left + width * image.width, top + height * image.height)
+        _, target_height, target_width = self.data.shape
+        cut = image.resize((target_width, target_height), Resampling.BILINEAR, box=box)
+        return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
+
+
+def _data_loader(
+    data: ImageSet, requests: Iterator[list[Request]], config: Config, launch: Launch
+) -> Iterator[list[Tensor]]:
+    workers = config.data.workers if config.data.workers >= 0 else max(launch.cores - 1, 0)
+    loader = DataLoader(
+        _Decoder(data),
+        batch_sampler=requests,
+        num_workers=workers,
+        pin_memory=launch.device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    try:
+        yield from loader
+    except ValueError as error:
+        # From a worker, torch sends the whole traceback as the message; its last line is the one for the user.
+        raise ValueError(
+            str(error).strip().splitlines()[-1].removeprefix("lockstep.data.cache.UnreadableImage: ")
+        ) from error

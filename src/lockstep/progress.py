@@ -1,0 +1,193 @@
+"""How far training has come, and the running sums of what is logged. All of it goes into every checkpoint."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lockstep.config import Config
+from lockstep.evaluate import Metrics
+
+
+@dataclass
+class Progress:
+    """The position of a run and what its decisions rest on."""
+
+    step: int = 0
+    """Optimizer updates done; the position is step * batch_size"""
+    val_losses: list[float] = field(default_factory=list)
+    """One per validation, for the plateau schedule"""
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    best_loss: float = float("inf")
+    validations_since_best: int = 0
+    train_seconds: float = 0.0
+    restarts: int = 0
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Loss, hits and samples summed since the last log line"""
+    epoch: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """The same since the epoch began"""
+
+    def judge(self, loss: float, accuracy: float) -> bool:
+        """Note a validation result; true if it is the best so far: higher accuracy, then lower loss."""
+        self.val_losses.append(loss)
+        is_best = (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
+        if is_best:
+            self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
+        self.validations_since_best = 0 if is_best else self.validations_since_best + 1
+        return is_best
+
+    def has_stalled(self, early_stop_epochs: int | None) -> bool:
+        """Whether so many validations in a row were no better that training should stop."""
+        return early_stop_epochs is not None and self.validations_since_best >= early_stop_epochs
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Meter:
+    """Sums of loss, hits and samples on the device, so that no step waits for the host."""
+
+    def __init__(self, progress: Progress, accelerator: Accelerator) -> None:
+        """Goes on from the sums in `progress`, which are over all processes and therefore kept by one of them."""
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        start = [progress.window, progress.epoch] if accelerator.is_main_process else [[0.0] * 3] * 2
+        self._sums = torch.tensor(start, dtype=dtype, device=accelerator.device)
+        self._accelerator = accelerator
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Count a microbatch: losses (B,), logits (B, C), targets (B,) or soft (B, C)."""
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        hits = (logits.detach().argmax(1) == labels).sum()
+        self._sums += torch.stack([losses.detach().sum(), hits, (labels >= 0).sum()]).to(self._sums)
+
+    def read(self, progress: Progress) -> None:
+        """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
+        sums = self._sums
+        if self._accelerator.num_processes > 1:
+            sums = self._accelerator.reduce(sums, reduction="sum")
+        progress.window, progress.epoch = sums.tolist()
+
+    def start_window(self) -> None:
+        self._sums[0].zero_()
+
+    def start_epoch(self) -> None:
+        self._sums.zero_()
+
+
+def means(sums: list[float]) -> dict[str, float]:
+    """loss and accuracy from sums of loss, hits and samples."""
+    loss, hits, samples = sums
+    return {"loss": loss / max(samples, 1), "accuracy": hits / max(samples, 1)}
+
+
+class Due(NamedTuple):
+    """What the end of a step calls for."""
+
+    log: bool
+    validate: bool
+    save: bool
+    epoch_ends: bool
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """When things happen, in steps. `after(step)` is asked when `step` updates are done."""
+
+    steps_per_epoch: int
+    total_steps: int
+    """Where training ends: train.epochs, or train.max_steps if that is sooner"""
+    batch_size: int
+    log_every_steps: int
+    save_every_steps: int | None
+    save_every_epochs: int
+
+    def after(self, step: int) -> Due:
+        is_last = step == self.total_steps
+        epoch_ends = is_last or step % self.steps_per_epoch == 0
+        validate = is_last or (epoch_ends and self.epoch_of(step) % self.save_every_epochs == 0)
+        save = validate or (self.save_every_steps is not None and step % self.save_every_steps == 0)
+        return Due(epoch_ends or step % self.log_every_steps == 0, validate, save, epoch_ends)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, counted from 1, that the last of `step` updates belongs to."""
+        return max(1, -(-step // self.steps_per_epoch))
+
+    def place(self, step: int) -> dict[str, int]:
+        """step, epoch and position of a log record."""
+        return {"step": step, "epoch": self.epoch_of(step), "position": step * self.batch_size}
+
+
+def build_calendar(config: Config, steps_per_epoch: int) -> Calendar:
+    """The calendar of a run over data with this many steps per epoch."""
+    total_steps = config.train.epochs * steps_per_epoch
+    if config.train.max_steps is not None:
+        total_steps = min(total_steps, config.train.max_steps)
+    return Calendar(
+        steps_per_epoch,
+        total_steps,
+        config.train.batch_size,
+        config.log.every_steps,
+        config.checkpoint.every_steps,
+        config.checkpoint.every_epochs,
+    )
+
+
+class Stopwatch:
+    """Seconds spent on training steps, without validation; adds up over restarts in `progress.train_seconds`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._started = time.perf_counter()
+        self._lap_step = progress.step
+
+    def lap(self) -> float:
+        """Steps per second since the last lap. Call when the device has been waited for, and `resume` later."""
+        seconds = time.perf_counter() - self._started
+        rate = (self._progress.step - self._lap_step) / max(seconds, 1e-9)
+        self._progress.train_seconds += seconds
+        self._lap_step = self._progress.step
+        self._started = time.perf_counter()
+        return rate
+
+    def skip(self) -> None:
+        """Leave out the time since the lap, spent on validation."""
+        self._started = time.perf_counter()
+
+
+def train_record(
+    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, steps_per_second: float
+) -> dict[str, Any]:
+    """A line of metrics.jsonl: means since the line before."""
+    return {
+        **calendar.place(progress.step),
+        "split": "train",
+        **means(progress.window),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": steps_per_second * calendar.batch_size,
+    }
+
+
+def val_record(progress: Progress, calendar: Calendar, metrics: Metrics, lr: float) -> dict[str, Any]:
+    """A line of metrics.jsonl: a validation, beside the means of the epoch's training."""
+    train = means(progress.epoch)
+    return {
+        **calendar.place(progress.step),
+        "split": "val",
+        **metrics.headline(),
+        "train_loss": train["loss"],
+        "train_accuracy": train["accuracy"],
+        "train_val_loss_ratio": train["loss"] / max(metrics.loss, 1e-12),
+        "lr": lr,
+    }
+
+
+def test_record(progress: Progress, calendar: Calendar, metrics: Metrics) -> dict[str, Any]:
+    """A line of metrics.jsonl: the best checkpoint on the test set."""
+    place = {**calendar.place(progress.step), "best_step": progress.best_step or progress.step}
+    return {**place, "split": "test", **metrics.headline()}

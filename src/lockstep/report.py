@@ -1,0 +1,117 @@
+"""What is left of a run when it ends: figures, summary, predictions, the printed result."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.data import Data, ImageSet
+from lockstep.evaluate import Metrics
+from lockstep.figures import plot_confusion_matrix, plot_curves, plot_samples
+from lockstep.progress import Calendar, Progress
+from lockstep.run import Run
+from lockstep.tracking import Tracker, read_history
+
+_GALLERY = 25
+
+
+def report_training(
+    run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, metrics: Metrics, data: Data
+) -> None:
+    """Summary, figures and closing line of a finished training; `metrics`: the best checkpoint on the test set."""
+    images = progress.step * calendar.batch_size
+    summary = {
+        "state": "finished",
+        "test_accuracy": metrics.accuracy,
+        "test_loss": metrics.loss,
+        "best_val_accuracy": progress.best_accuracy if progress.val_losses else None,
+        "best_step": progress.best_step or progress.step,
+        "steps": progress.step,
+        "epochs": calendar.epoch_of(progress.step),
+        "images_per_second": images / max(progress.train_seconds, 1e-9),
+        "train_seconds": progress.train_seconds,
+        "restarts": progress.restarts,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if run.config.log.figures:
+        for name, path in draw_figures(run, metrics, data).items():
+            tracker.figure(name, path)
+    run.write_summary(**summary)
+    tracker.say(
+        f"test accuracy {metrics.accuracy:.2%}, loss {metrics.loss:.4f} (best: step {summary['best_step']}), "
+        f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
+    )
+    tracker.finish(summary)
+
+
+def draw_figures(run: Run, metrics: Metrics, data: Data) -> dict[str, Path]:
+    """Draw curves, confusion matrix and sample galleries into the run folder."""
+    folder = run.path / "figures"
+    paths = {name: folder / f"{name}.png" for name in ("curves", "confusion_matrix", "samples", "mistakes")}
+    names = class_names(data)
+    plot_curves(read_history(run.path), paths["curves"])
+    draw_confusion(run.path, "test", metrics, data)
+    first = np.arange(min(_GALLERY, len(data.train)))
+    labels = data.train.labels[: len(first)].tolist()
+    plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], paths["samples"])
+    wrong = np.flatnonzero(metrics.predictions != metrics.labels)
+    worst = wrong[np.argsort(-metrics.losses[wrong], kind="stable")][:_GALLERY]
+    if not len(worst):
+        del paths["mistakes"]
+        return paths
+    titles = [f"{names[metrics.labels[i]]}, not {names[metrics.predictions[i]]}" for i in worst]
+    plot_samples(pixels(data.test, metrics.samples[worst]), titles, paths["mistakes"])
+    return paths
+
+
+def class_names(data: Data) -> list[str]:
+    """Names of all outputs of the network, also of those that the data set does not show."""
+    return [*data.classes, *(str(i) for i in range(len(data.classes), data.num_classes))]
+
+
+def pixels(images: ImageSet, indices: np.ndarray) -> np.ndarray:
+    """Images as the network sees them before augmentation, uint8 (N, H, W, C); black where one was skipped."""
+    channels, height, width = images.shape
+    blank = np.zeros((height, width, channels), np.uint8)
+    loaded = (images.load(int(index)) for index in indices)
+    return np.stack([blank if image is None else image.numpy() for image in loaded])
+
+
+def draw_confusion(folder: Path, split: str, metrics: Metrics, data: Data) -> Path:
+    """Draw the confusion matrix of a split; returns the picture's path."""
+    path = folder / "figures" / ("confusion_matrix.png" if split == "test" else f"confusion_matrix_{split}.png")
+    plot_confusion_matrix(metrics.confusion, class_names(data), path)
+    return path
+
+
+def class_table(metrics: Metrics, data: Data) -> str:
+    """Precision, recall, F1 and number of samples of every class, and their means, as text."""
+    names = class_names(data)
+    width = max(len("macro mean"), *map(len, names))
+    scores = metrics.per_class()
+    lines = [f"{'class':<{width}}  precision  recall      f1  samples"]
+    for name, precision, recall, f1, support in zip(names, *scores.values(), strict=True):
+        lines.append(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
+    precision, recall, f1 = (float(scores[key].mean()) for key in ("precision", "recall", "f1"))
+    lines.append(f"{'macro mean':<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {len(metrics.samples):7d}")
+    return "\n".join(lines)
+
+
+def write_predictions(folder: Path, split: str, metrics: Metrics, images: ImageSet, data: Data) -> Path:
+    """One row per sample: row in the source's split, label, prediction, confidence, loss; returns the file's path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = np.array(class_names(data))
+    table = pa.table(
+        {
+            "sample": images.rows[metrics.samples].numpy(),
+            "label": names[metrics.labels],
+            "prediction": names[metrics.predictions],
+            "confidence": metrics.confidences,
+            "loss": metrics.losses,
+        }
+    )
+    path = folder / f"predictions_{split}.parquet"
+    pq.write_table(table, path)
+    return path

@@ -1,0 +1,162 @@
+"""How this process was launched and what it runs on: guards, the Accelerator, precision, threads.
+
+The guards exist because a wrong launch does not fail by itself. Measured with accelerate 1.15: `accelerate launch
+--cpu --num_processes 2` starts one process; torchrun without a GPU starts two that each believe to be alone; fp16 on a
+CPU silently computes in fp32; one process is given one CPU thread however many cores there are.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from lockstep.config import RuntimeConfig, TrainConfig
+
+_COLLECTIVE_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is in force for this process."""
+
+    device: torch.device
+    num_processes: int
+    process_index: int
+    local_process_index: int
+    precision: str
+    cores: int
+    """CPU cores this process may use as its own"""
+
+    @property
+    def is_main(self) -> bool:
+        return self.process_index == 0
+
+    @property
+    def precision_name(self) -> str:
+        return "fp32" if self.precision == "no" else self.precision
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For environment.json."""
+        return {
+            "device": self.device.type,
+            "processes": self.num_processes,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+        }
+
+    def describe(self, batch_size: int, micro_batch_size: int) -> str:
+        """One line: device, precision, processes, accumulation."""
+        accumulation = batch_size // (micro_batch_size * self.num_processes)
+        processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
+        return (
+            f"{self.device.type}, {self.precision_name}, {processes}, "
+            f"{torch.get_num_threads()} CPU threads each; a step is {batch_size} samples = "
+            f"{micro_batch_size} x {self.num_processes} processes x {accumulation} accumulation"
+        )
+
+
+def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
+    """Start the process group; raises ValueError, naming a launch that works, if this one is not what it seems."""
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    precision = _precision(config, on_cpu)
+    _refuse_lonely_launch()
+    # torch 2.15 renames this DDP option; accelerate 1.15 and older torch know the old name only.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            # Running statistics are ours to combine (batchnorm.py): DDP must not overwrite them with rank 0's.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS)),
+        ],
+    )
+    _require_world_size(accelerator)
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    cores = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    torch.set_num_threads(config.threads or cores)
+    if config.dtype == "float32" and not on_cpu:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return accelerator, Launch(
+        accelerator.device,
+        accelerator.num_processes,
+        accelerator.process_index,
+        accelerator.local_process_index,
+        precision,
+        cores,
+    )
+
+
+def _refuse_lonely_launch() -> None:
+    """`accelerate launch --cpu --num_processes N` sets an address to meet at, but starts one process without a rank."""
+    if "MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise ValueError(
+            "the launcher was told of several processes but started one (accelerate launch --cpu does this); use: "
+            "accelerate launch --config_file accelerate_configs/cpu_2proc.yaml --num_processes N train.py"
+        )
+
+
+def _require_world_size(accelerator: Accelerator) -> None:
+    for variable in ("WORLD_SIZE", "EXPECTED_WORLD_SIZE"):
+        wanted = int(os.environ.get(variable, accelerator.num_processes))
+        if wanted != accelerator.num_processes:
+            raise ValueError(
+                f"{variable} says {wanted} processes, but this process is one of {accelerator.num_processes}: each "
+                "would train alone. Launch with --multi_gpu or accelerate_configs/cpu_2proc.yaml (CPU)"
+            )
+
+
+def _precision(config: RuntimeConfig, on_cpu: bool) -> str:
+    """no, bf16 or fp16: what the setting and the launcher come to; refused where the device would not do it."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = {"launch": launched, "auto": "bf16" if has_fast_bf16(on_cpu) else "no"}.get(
+        config.precision, config.precision
+    )
+    source = f"--runtime.precision={config.precision}" + (f" ({launched})" if config.precision == "launch" else "")
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"{source} is not supported: use no, bf16 or fp16")
+    if config.dtype == "float64" and precision != "no":
+        raise ValueError(f"{source} cannot be combined with --runtime.dtype=float64: launch with --mixed_precision no")
+    if precision == "fp16" and on_cpu:
+        raise ValueError(f"{source}: a CPU cannot train in fp16 (Accelerate would silently use fp32): use bf16")
+    if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(f"{source}: {torch.cuda.get_device_name()} has no bf16: use fp16")
+    return precision
+
+
+def has_fast_bf16(on_cpu: bool) -> bool:
+    """Whether bf16 is worth it here: AMX or AVX512-BF16 on a CPU, native bf16 on a GPU."""
+    if not on_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def resolve_micro_batch_size(config: TrainConfig, num_processes: int) -> int:
+    """The samples of one forward/backward; raises ValueError with a launch that fits where the numbers do not."""
+    batch_size = config.batch_size
+    micro = config.micro_batch_size or batch_size // num_processes
+    if micro and batch_size % (micro * num_processes) == 0:
+        return micro
+    microbatches = batch_size // micro if config.micro_batch_size else batch_size
+    fitting = [str(n) for n in range(1, microbatches + 1) if microbatches % n == 0]
+    nearest = sorted(fitting, key=lambda n: abs(int(n) - num_processes))[:2]
+    step = (micro or 1) * num_processes
+    below = batch_size // step * step
+    sizes = " or ".join(str(size) for size in (below, below + step) if size)
+    raise ValueError(
+        f"--train.batch_size={batch_size} is not a multiple of {micro or 1} (micro_batch_size) x {num_processes} "
+        f"(processes): launch {' or '.join(sorted(nearest, key=int))} processes, or set batch_size to {sizes}"
+    )
