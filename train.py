@@ -31,12 +31,12 @@ from lockstep.evaluate import evaluate
 from lockstep.loss import build_loss
 from lockstep.models import build_model
 from lockstep.models.summary import summarize_model
-from lockstep.optim import build_optimizer, finish_gradients, set_lr
+from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr
 from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.report import report_training
 from lockstep.run import open_run
-from lockstep.runtime import Launch, build_accelerator, resolve_micro_batch_size
+from lockstep.runtime import Launch, Profiler, build_accelerator, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
 from lockstep.schedule import build_schedule
 from lockstep.tracking import build_tracker, describe_environment
@@ -73,8 +73,11 @@ def train(config: Config) -> None:
         config, run.path, is_main=launch.is_main, resume_step=progress.step, environment=environment
     )
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, micro_batch_size)}")
+    if progress.step == 0:
+        tracker.graph(model, transform.evaluate(torch.zeros(1, *data.image_shape[1:], data.image_shape[0])))
     tracker.start(calendar.total_steps, progress.step)
     meter, stopwatch = Meter(progress, accelerator), Stopwatch(progress)
+    profiler = Profiler(config.runtime, run.path, launch)
     steps = range(progress.step, calendar.total_steps)
     batches = loader.batches(steps)
 
@@ -102,6 +105,9 @@ def train(config: Config) -> None:
             meter.add(losses, logits, targets)
 
         gradient_norm = finish_gradients(accelerator, model, config.optim)
+        due = calendar.after(step + 1)
+        if due.histograms:
+            tracker.histograms(step + 1, histograms_of(model))
         optimizer.step()
         optimizer.zero_grad()
         statistics.commit(accelerator)
@@ -109,8 +115,8 @@ def train(config: Config) -> None:
             average.update(model, step + 1)
         progress.step = step + 1
         tracker.advance(progress.step)
+        profiler.step()
 
-        due = calendar.after(progress.step)
         if due.log:
             meter.read(progress)  # the host waits for the device here, and nowhere else in a step
             tracker.log(train_record(progress, calendar, lr, gradient_norm.item(), stopwatch.lap()))

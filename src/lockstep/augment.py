@@ -66,7 +66,7 @@ class Transform:
         if self._warps or self._recolours:
             pixels = images.permute(0, 3, 1, 2).to(self.dtype)
             if self._warps:
-                pixels = _warp(pixels, self._homographies(keys))
+                pixels = _warp(pixels, self._homographies(keys, pixels.shape[3] / pixels.shape[2]))
             pixels = _recolour(pixels, keys, self.config)
             images = pixels.permute(0, 2, 3, 1)
         images = self.evaluate(images)
@@ -83,9 +83,12 @@ class Transform:
         c = self.config
         return any((*c.jitter, c.grayscale, c.blur, c.noise))
 
-    def _homographies(self, keys: Tensor) -> Tensor:
-        """Matrices (B, 3, 3), float64, that map output to input coordinates in [-1, 1]: crop, then warp."""
-        matrices = _affine(uniforms(keys, 6, _WARP), self.config)
+    def _homographies(self, keys: Tensor, aspect: float) -> Tensor:
+        """Matrices (B, 3, 3), float64, that map output to input coordinates in [-1, 1]: crop, then warp.
+
+        `aspect` is width / height.
+        """
+        matrices = _affine(uniforms(keys, 6, _WARP), self.config, aspect)
         if self.config.perspective:
             matrices = _perspective(uniforms(keys, 8, _CORNERS), self.config.perspective) @ matrices
         if self.config.resized_crop and not self.precropped:
@@ -120,15 +123,15 @@ def _flip(images: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     return images
 
 
-def _affine(draws: Tensor, config: AugmentConfig) -> Tensor:
-    """Rotation, zoom, shear and shift about the centre, (B, 3, 3)."""
+def _affine(draws: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
+    """Rotation, zoom, shear and shift about the centre, (B, 3, 3); angles are those of pixels, so `aspect` counts."""
     signed = 2 * draws - 1
     angle, shear = torch.deg2rad(signed[:, 0] * config.rotation), torch.deg2rad(signed[:, 1] * config.shear)
     scale = 1 / (1 + signed[:, 2] * config.zoom)
     matrices = torch.zeros(len(draws), 3, 3, dtype=torch.float64, device=draws.device)
     matrices[:, 0, 0] = scale * angle.cos()
-    matrices[:, 0, 1] = scale * (shear.tan() * angle.cos() - angle.sin())
-    matrices[:, 1, 0] = scale * angle.sin()
+    matrices[:, 0, 1] = scale * (shear.tan() * angle.cos() - angle.sin()) / aspect
+    matrices[:, 1, 0] = scale * angle.sin() * aspect
     matrices[:, 1, 1] = scale * (shear.tan() * angle.sin() + angle.cos())
     matrices[:, :2, 2] = 2 * signed[:, 3:5] * config.translate
     matrices[:, 2, 2] = 1

@@ -5,12 +5,16 @@ checksums and only then renamed, so that a folder with a step's name is whole. O
 safetensors; the optimizer's state is read with `weights_only=True`, so nothing pickled is ever executed.
 """
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +33,7 @@ from lockstep.run import Run
 _logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_ALWAYS_THERE = ("config.yaml", "model.safetensors", "optimizer.pt", "progress.json")
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Checkpointer:
         if self._accelerator.scaler is not None and state.scaler:
             self._accelerator.scaler.load_state_dict(state.scaler)
         progress = Progress(**state.progress)
+        if self._accelerator.is_main_process and progress.best_step in (0, progress.step):
+            point(self._run.checkpoints, "best", folder)  # in case a kill came between the save and this link
         progress.restarts += 1
         return progress
 
@@ -117,9 +124,10 @@ class Checkpointer:
     def _write(self, step: int, state: State, is_best: bool) -> None:
         checkpoints = self._run.checkpoints
         folder = save_checkpoint(checkpoints, step, state, config_to_yaml(self._run.config))
-        if is_best:
-            point(checkpoints, "best", folder)
-        prune(checkpoints, self._run.config.checkpoint.keep_last)
+        with _explained(checkpoints):
+            if is_best:
+                point(checkpoints, "best", folder)
+            prune(checkpoints, self._run.config.checkpoint.keep_last)
 
 
 def _on_host(value: Any) -> Any:
@@ -142,28 +150,38 @@ def save_checkpoint(checkpoints: Path, step: int, state: State, config_yaml: str
     """
     final = folder_of(checkpoints, step)
     aside = checkpoints / f".tmp_{final.name}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write_files(aside, state, config_yaml)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _flush(checkpoints)
-        point(checkpoints, "last", final)
-    except OSError as problem:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = "the disk is full" if problem.errno == errno.ENOSPC else str(problem)
-        raise ValueError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
+    with _explained(checkpoints):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            _write_files(aside, state, config_yaml)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _flush(checkpoints)
+            point(checkpoints, "last", final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
-def _write_files(folder: Path, state: State, config_yaml: str) -> None:
-    from safetensors.torch import save_file
+@contextlib.contextmanager
+def _explained(checkpoints: Path) -> Iterator[None]:
+    """Turns an error of the disk into one line for the user."""
+    try:
+        yield
+    except OSError as problem:
+        reason = "the disk is full" if problem.errno == errno.ENOSPC else str(problem)
+        raise ValueError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
 
-    save_file({name: tensor.contiguous() for name, tensor in state.model.items()}, folder / "model.safetensors")
+
+def _write_files(folder: Path, state: State, config_yaml: str) -> None:
+    # By way of memory, because the writers of both libraries hide a full disk behind errors of their own.
+    (folder / "model.safetensors").write_bytes(_as_safetensors(state.model))
     if state.ema:
-        save_file({name: tensor.contiguous() for name, tensor in state.ema.items()}, folder / "ema.safetensors")
-    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, folder / "optimizer.pt")
+        (folder / "ema.safetensors").write_bytes(_as_safetensors(state.ema))
+    rest = io.BytesIO()
+    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, rest)
+    (folder / "optimizer.pt").write_bytes(rest.getbuffer())
     (folder / "progress.json").write_text(json.dumps(state.progress, indent=1))
     (folder / "config.yaml").write_text(config_yaml)
     manifest = {}
@@ -173,6 +191,12 @@ def _write_files(folder: Path, state: State, config_yaml: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _flush(folder / MANIFEST)
     _flush(folder)
+
+
+def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def _flush(path: Path) -> None:
@@ -201,6 +225,9 @@ def problem_with(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as the manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        unlisted = [name for name in _ALWAYS_THERE if name not in manifest]
+        if unlisted:
+            return f"{MANIFEST} does not list {unlisted[0]}"
         for name, expected in manifest.items():
             path = folder / name
             if path.stat().st_size != expected["bytes"]:
@@ -209,7 +236,7 @@ def problem_with(folder: Path) -> str | None:
                 return f"{name} was altered"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as damage:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
         return f"{MANIFEST} is not readable: {damage}"
     return None
 
@@ -238,7 +265,10 @@ def load_checkpoint(folder: Path) -> State:
     if problem:
         raise ValueError(f"checkpoint {folder} cannot be used: {problem}")
     ema = folder / "ema.safetensors"
-    rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as refusal:
+        raise ValueError(f"checkpoint {folder} cannot be used: optimizer.pt holds more than tensors") from refusal
     return State(
         model=load_file(folder / "model.safetensors"),
         optimizer=rest["optimizer"],
@@ -279,14 +309,26 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the one that `best` leads to; also half-written ones."""
-    best = checkpoints / "best"
-    kept = {folder_of(checkpoints, step) for step in saved_steps(checkpoints)[-keep_last:]}
+    """Remove all but the newest `keep_last` checkpoints and the one that `best` leads to; also half-written ones.
+
+    Newest means up to `last`: later ones are damaged, or `last` would lead to them, and do not count.
+    """
+    best, last = checkpoints / "best", checkpoints / "last"
+    _remove_strays(checkpoints)
+    folders = [folder_of(checkpoints, step) for step in saved_steps(checkpoints)]
+    kept = [folder for folder in folders if not last.exists() or folder.name <= os.readlink(last)][-keep_last:]
     if best.exists():
-        kept.add(checkpoints / os.readlink(best))
-    for step in saved_steps(checkpoints):
-        folder = folder_of(checkpoints, step)
+        kept.append(checkpoints / os.readlink(best))
+    for folder in folders:
         if folder not in kept:
-            aside = checkpoints / f".tmp_{folder.name}"
-            folder.rename(aside)  # a kill during removal must not leave a folder that looks whole
-            shutil.rmtree(aside, ignore_errors=True)
+            # Under another name first: a kill during removal must not leave a folder that looks whole.
+            folder.rename(checkpoints / f".tmp_{folder.name}")
+    _remove_strays(checkpoints)
+
+
+def _remove_strays(checkpoints: Path) -> None:
+    for stray in checkpoints.glob(".tmp_*"):
+        if stray.is_symlink():
+            stray.unlink()
+        else:
+            shutil.rmtree(stray, ignore_errors=True)

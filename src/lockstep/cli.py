@@ -100,11 +100,12 @@ def _check_recipe(recipe: str) -> None:
     if not path.is_file():
         raise ValueError(f"recipe {recipe} does not exist.{suggest(recipe, {str(p) for p in _known_recipes()})}")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as mistake:
         raise ValueError(f"{recipe} is not YAML: {mistake}") from mistake
     if not isinstance(content, dict):
-        raise ValueError(f"{recipe} must hold sections such as `optim:`, not {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise ValueError(f"{recipe} must hold sections such as `optim:`, not {found}")
     for section, values in content.items():
         if section not in _SECTIONS:
             raise ValueError(f"{recipe}: unknown section {section}.{suggest(str(section), _SECTIONS | _SETTINGS)}")
@@ -145,7 +146,7 @@ def _plain(value: Any) -> Any:
 
 def _wandb_spelling(argument: str) -> str:
     """W&B writes None where YAML has null."""
-    return re.sub(r"=None$", "=null", argument)
+    return re.sub(r"^(--[\w.]+)=None$", r"\1=null", argument)
 
 
 def _to_config(values: Namespace) -> Config:
@@ -187,9 +188,17 @@ def _with_name(config: Config, recipe: Path) -> Config:
     return replace(config, run=replace(config.run, name=name))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e5, which YAML 1.1 leaves plain but the parser reads back as a number."""
+
+    def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> yaml.ScalarNode:
+        like_a_number = tag == "tag:yaml.org,2002:str" and value[:1] in "+-.0123456789"
+        return super().represent_scalar(tag, value, "'" if like_a_number else style)
+
+
 def config_to_yaml(config: Config) -> str:
     """All settings, defaults included, as YAML that `load_config` turns into an equal Config."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: Path) -> Config:
@@ -213,9 +222,14 @@ class Evaluation:
     split: str
 
 
+class _EvaluationParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        usage_error(message)
+
+
 def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     """eval.py's command line; ends the program with one line on any mistake."""
-    parser = argparse.ArgumentParser(
+    parser = _EvaluationParser(
         prog="eval.py",
         usage="accelerate launch eval.py --run runs/NAME [--checkpoint best|last|PATH] [--split test] "
         "[--section.key=value ...]",

@@ -45,7 +45,7 @@ class Metrics:
         return {"precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
-_COLUMNS = ("seen", "loss", "prediction", "confidence", "better_classes")
+_COLUMNS = ("seen", "label", "loss", "prediction", "confidence", "better_classes")
 
 
 @torch.no_grad()
@@ -62,11 +62,11 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, transform: Transform, a
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     rows = torch.zeros(len(loader.data), len(_COLUMNS), dtype=dtype, device=accelerator.device)
     for samples, images, labels in loader:
-        rows[samples] += _judge(model(transform.evaluate(images)), labels).to(dtype)
+        rows.index_add_(0, samples, _judge(model(transform.evaluate(images)), labels).to(dtype))
     model.train(was_training)
     if accelerator.num_processes > 1:
         rows = accelerator.reduce(rows, reduction="sum")
-    return _summarise(rows.cpu().double().numpy(), loader.data.labels.numpy(), loader.num_classes)
+    return _summarise(rows.cpu().double().numpy(), loader.num_classes)
 
 
 def _judge(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,18 +74,18 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
     confidence, prediction = log_probabilities.exp().max(1)
     true = log_probabilities.gather(1, labels.clamp(min=0)[:, None])
-    better = (log_probabilities > true).sum(1)
-    return torch.stack([torch.ones_like(confidence), -true[:, 0], prediction, confidence, better], 1)
+    better = (~(log_probabilities <= true)).sum(1)  # so that a network that puts out NaN has no class right
+    return torch.stack([torch.ones_like(confidence), labels, -true[:, 0], prediction, confidence, better], 1)
 
 
-def _summarise(rows: np.ndarray, labels: np.ndarray, num_classes: int) -> Metrics:
-    seen, losses, predictions, confidences, better = rows.T
+def _summarise(rows: np.ndarray, num_classes: int) -> Metrics:
+    seen, labels, losses, predictions, confidences, better = rows.T
     if not (seen == 1).all():
         raise RuntimeError(f"evaluation counted {int(seen.sum())} of {len(seen)} samples, some not exactly once")
     (samples,) = np.nonzero(labels != SKIPPED_LABEL)
     if not len(samples):
         raise ValueError("every image of the set was skipped: there is nothing to evaluate")
-    labels, predictions = labels[samples], predictions[samples].astype(np.int64)
+    labels, predictions = labels[samples].astype(np.int64), predictions[samples].astype(np.int64)
     pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return Metrics(
         loss=float(losses[samples].mean()),

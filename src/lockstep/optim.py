@@ -103,3 +103,10 @@ def finish_gradients(accelerator: Accelerator, model: nn.Module, config: OptimCo
     if config.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     return norm
+
+
+def histograms_of(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients and weights of every layer, by name, for histograms."""
+    named = list(model.named_parameters())
+    gradients = {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
+    return {**gradients, **{f"weights/{name}": p.detach() for name, p in named}}

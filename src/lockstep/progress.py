@@ -25,10 +25,11 @@ class Progress:
     best_loss: float = float("inf")
     validations_since_best: int = 0
     train_seconds: float = 0.0
+    wall_seconds: float = 0.0
     restarts: int = 0
-    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Loss, hits and samples summed since the last log line"""
-    epoch: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    window: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """Loss, hits, samples and skipped images summed since the last log line"""
+    epoch: list[float] = field(default_factory=lambda: [0.0] * 4)
     """The same since the epoch began"""
 
     def judge(self, loss: float, accuracy: float) -> bool:
@@ -54,16 +55,20 @@ class Meter:
     def __init__(self, progress: Progress, accelerator: Accelerator) -> None:
         """Goes on from the sums in `progress`, which are over all processes and therefore kept by one of them."""
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        start = [progress.window, progress.epoch] if accelerator.is_main_process else [[0.0] * 3] * 2
+        start = [progress.window, progress.epoch] if accelerator.is_main_process else [[0.0] * 4] * 2
         self._sums = torch.tensor(start, dtype=dtype, device=accelerator.device)
         self._accelerator = accelerator
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count a microbatch: losses (B,), logits (B, C), targets (B,) or soft (B, C)."""
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        """Count a microbatch: losses (B,), logits (B, C), targets (B,) or soft (B, C); skipped images have none."""
+        if targets.ndim == 1:
+            labels, used = targets, (targets >= 0).sum()
+        else:
+            # Mixing moves parts of targets between rows, so only their sum tells how many images had one.
+            labels, used = targets.argmax(1).where(targets.sum(1) > 0, -1), targets.sum().round()
         hits = (logits.detach().argmax(1) == labels).sum()
-        self._sums += torch.stack([losses.detach().sum(), hits, (labels >= 0).sum()]).to(self._sums)
+        self._sums += torch.stack([losses.detach().sum(), hits, used, len(labels) - used]).to(self._sums)
 
     def read(self, progress: Progress) -> None:
         """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
@@ -80,9 +85,10 @@ class Meter:
 
 
 def means(sums: list[float]) -> dict[str, float]:
-    """loss and accuracy from sums of loss, hits and samples."""
-    loss, hits, samples = sums
-    return {"loss": loss / max(samples, 1), "accuracy": hits / max(samples, 1)}
+    """loss and accuracy from sums of loss, hits, samples and skipped images; skipped_images if there were any."""
+    loss, hits, samples, skipped = sums
+    counted = {"loss": loss / max(samples, 1), "accuracy": hits / max(samples, 1)}
+    return {**counted, "skipped_images": skipped} if skipped else counted
 
 
 class Due(NamedTuple):
@@ -91,6 +97,7 @@ class Due(NamedTuple):
     log: bool
     validate: bool
     save: bool
+    histograms: bool
     epoch_ends: bool
 
 
@@ -105,13 +112,19 @@ class Calendar:
     log_every_steps: int
     save_every_steps: int | None
     save_every_epochs: int
+    histogram_every_steps: int | None = None
 
     def after(self, step: int) -> Due:
         is_last = step == self.total_steps
         epoch_ends = is_last or step % self.steps_per_epoch == 0
         validate = is_last or (epoch_ends and self.epoch_of(step) % self.save_every_epochs == 0)
-        save = validate or (self.save_every_steps is not None and step % self.save_every_steps == 0)
-        return Due(epoch_ends or step % self.log_every_steps == 0, validate, save, epoch_ends)
+        return Due(
+            log=epoch_ends or step % self.log_every_steps == 0,
+            validate=validate,
+            save=validate or _divides(self.save_every_steps, step),
+            histograms=_divides(self.histogram_every_steps, step),
+            epoch_ends=epoch_ends,
+        )
 
     def epoch_of(self, step: int) -> int:
         """The epoch, counted from 1, that the last of `step` updates belongs to."""
@@ -134,7 +147,12 @@ def build_calendar(config: Config, steps_per_epoch: int) -> Calendar:
         config.log.every_steps,
         config.checkpoint.every_steps,
         config.checkpoint.every_epochs,
+        config.log.histogram_every_steps,
     )
+
+
+def _divides(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
 
 
 class Stopwatch:
@@ -144,6 +162,7 @@ class Stopwatch:
         self._progress = progress
         self._started = time.perf_counter()
         self._lap_step = progress.step
+        self._wall_start = self._started - progress.wall_seconds
 
     def lap(self) -> float:
         """Steps per second since the last lap. Call when the device has been waited for, and `resume` later."""
@@ -157,6 +176,7 @@ class Stopwatch:
     def skip(self) -> None:
         """Leave out the time since the lap, spent on validation."""
         self._started = time.perf_counter()
+        self._progress.wall_seconds = self._started - self._wall_start
 
 
 def train_record(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.data import Data, ImageSet
+from lockstep.data.images import SKIPPED_LABEL
 from lockstep.evaluate import Metrics
 from lockstep.figures import plot_confusion_matrix, plot_curves, plot_samples
 from lockstep.progress import Calendar, Progress
@@ -30,6 +31,10 @@ def report_training(
         "epochs": calendar.epoch_of(progress.step),
         "images_per_second": images / max(progress.train_seconds, 1e-9),
         "train_seconds": progress.train_seconds,
+        "wall_seconds": progress.wall_seconds,
+        "skipped_images": sum(
+            int((part.labels == SKIPPED_LABEL).sum()) for part in (data.train, data.val, data.test) if part
+        ),
         "restarts": progress.restarts,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

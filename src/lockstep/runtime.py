@@ -9,6 +9,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,23 @@ def has_fast_bf16(on_cpu: bool) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+class Profiler:
+    """With `runtime.profile`, steps 10 to 15 of this start leave a trace in `<run>/profile`; else nothing happens."""
+
+    def __init__(self, config: RuntimeConfig, run_dir: Path, launch: Launch) -> None:
+        self._profile = None
+        if config.profile and launch.is_main:
+            schedule = torch.profiler.schedule(wait=8, warmup=1, active=6, repeat=1)
+            write = torch.profiler.tensorboard_trace_handler(str(run_dir / "profile"))
+            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+            self._profile.start()
+
+    def step(self) -> None:
+        """Call at the end of every step."""
+        if self._profile is not None:
+            self._profile.step()
 
 
 def resolve_micro_batch_size(config: TrainConfig, num_processes: int) -> int:

@@ -220,7 +220,7 @@ class _Wandb:
         try:
             _within(1.25 * WANDB_FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
         except TimeoutError:
-            _kill_wandb_service()
+            _abandon_wandb()
             raise
 
 
@@ -243,13 +243,16 @@ def _within(seconds: float, action: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def _kill_wandb_service() -> None:
-    """W&B waits for its own process when Python exits, without limit; what that process has written is on disk."""
+def _abandon_wandb() -> None:
+    """End W&B's own process, for which Python would wait at its exit without limit; what it has written is on disk."""
     import psutil
+    import wandb
 
     for child in psutil.Process().children(recursive=True):
         if child.name().startswith("wandb-core"):
             child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # it complains about the end of that process
+        wandb.teardown()
 
 
 def _start_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:

@@ -4,6 +4,7 @@ A decoded set is indexed directly: no workers, no copies of what is not used. A 
 DataLoader whose batches are given by the sampler, so that workers only decide when something is decoded, never what.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -143,6 +144,5 @@ def _data_loader(
         yield from loader
     except ValueError as error:
         # From a worker, torch sends the whole traceback as the message; its last line is the one for the user.
-        raise ValueError(
-            str(error).strip().splitlines()[-1].removeprefix("lockstep.data.cache.UnreadableImage: ")
-        ) from error
+        line = str(error).strip().splitlines()[-1]
+        raise ValueError(re.sub(r"^(lockstep\.data\.cache\.UnreadableImage|ValueError): ", "", line)) from error
