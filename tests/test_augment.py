@@ -201,7 +201,8 @@ def centre(pixels: Tensor) -> Tensor:
 def test_affine_transforms_are_torchvisions(name: str, height: int, width: int) -> None:
     images, keys = smooth_images(6, height, width), keys_of(6)
     strength = {"rotation": 20.0, "translate": 0.1, "zoom": 0.2, "shear": 15.0}[name]
-    output = unscaled(**{name: strength}).train(images, keys)
+    setting: dict[str, Any] = {name: strength}
+    output = unscaled(**setting).train(images, keys)
     signed = 2 * uniforms(keys, 6, augment._WARP) - 1
     for image, got, (turn, shear, zoom, right, down, _) in zip(planes(images), output, signed.tolist(), strict=True):
         chosen: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]}

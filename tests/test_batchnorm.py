@@ -1,6 +1,7 @@
 """Running statistics: one move per step, from the mean over all microbatches."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def network(dimensions: int) -> nn.Module:
+def network(dimensions: int) -> nn.Sequential:
     torch.manual_seed(0)
     layer: nn.Module = nn.BatchNorm1d(3, momentum=MOMENTUM) if dimensions == 1 else nn.BatchNorm2d(3, momentum=MOMENTUM)
     return nn.Sequential(layer).double()
@@ -48,7 +49,7 @@ def step(model: nn.Module, statistics: RunningStatistics, batches: list[Tensor],
 @pytest.mark.parametrize("dimensions", [1, 2])
 def test_one_momentum_step_from_the_mean_over_microbatches(dimensions: int, accelerator: Accelerator) -> None:
     model = network(dimensions)
-    (layer,) = model
+    layer: Any = model[0]
     statistics = RunningStatistics(model)
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for seed in range(3):
@@ -95,7 +96,7 @@ def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
     from timm.layers import BatchNormAct2d
 
     torch.manual_seed(0)
-    model = build_model(ModelConfig(name=name), (3, 64, 64), 5).double()
+    model = build_model(ModelConfig(name=name), (3, 32, 32), 5).double()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert len(layers) > 10
     assert any(isinstance(layer, BatchNormAct2d) for layer in layers.values()) == ("efficientnet" in name)
@@ -104,7 +105,7 @@ def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in layers}
     for n, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, inputs, n=n: seen[n].append(statistics_of(inputs[0].detach())))
-    images = [torch.randn(4, 3, 64, 64, dtype=torch.float64) for _ in range(2)]
+    images = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
     step(model, RunningStatistics(model), images, accelerator)
     for n, layer in layers.items():
         means, variances = (torch.stack(parts).mean(0) for parts in zip(*seen[n], strict=True))

@@ -55,10 +55,10 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def network(seed: int = 0, width: int = 4) -> nn.Module:
+def network(seed: int = 0, width: int = 4) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 4, 3)).to(
-        memory_format=torch.channels_last  # type: ignore[call-overload]
+        memory_format=torch.channels_last
     )
 
 
@@ -136,7 +136,7 @@ def test_training_goes_on_from_the_saved_bits(tmp_path: Path, optimizer: str, ac
     assert load_config(folder / "config.yaml") == run.config
 
     resumed = Parts(run, accelerator, seed=1, optimizer=optimizer)
-    assert not torch.equal(resumed.model[0].weight, parts.model[0].weight)  # type: ignore[arg-type]
+    assert not torch.equal(resumed.state()["0.weight"], parts.state()["0.weight"])
     restored = resumed.checkpointer.restore()
     assert restored.restarts == 3
     restored.restarts = 2
@@ -541,10 +541,10 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
         for step in steps:
             assert problem_with(folder_of(tmp_path, step)) is None
             assert load_checkpoint(folder_of(tmp_path, step)).model["weight"][0] == step
-        assert len(steps) <= 4  # two kept, the best, and a new one before it was pruned
         assert problem_with(tmp_path / "last") is None
         assert not (tmp_path / "best").is_symlink() or problem_with(tmp_path / "best") is None
         interrupted += any(name.startswith(".tmp_") for name in names_in(tmp_path))
     assert interrupted, "no kill came during a save: the test shows nothing"
     prune(tmp_path, 2)
     assert not any(name.startswith(".tmp_") for name in names_in(tmp_path))
+    assert len(saved_steps(tmp_path)) <= 3 and newest in saved_steps(tmp_path)  # two and the best

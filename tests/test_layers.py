@@ -44,6 +44,8 @@ ORDER = [
     "run",
     "checkpoint",
     "report",
+    "compare",
+    "doctor",
 ]
 PROGRAMS = {"train": 180, "eval": 120}
 """The two programs on top, and how many lines each may have"""
@@ -100,7 +102,7 @@ def test_every_module_has_its_place_in_the_order() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_dependencies_point_one_way(module: str) -> None:
     below = ORDER[: ORDER.index(module)]
-    above = own_imports(MODULES[module]) - set(below) - {module}
+    above = own_imports(MODULES[module]) - set(below)
     assert not above, f"{module} must not import {', '.join(sorted(above))}: see ORDER"
 
 

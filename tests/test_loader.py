@@ -1,5 +1,6 @@
 """Loaders: every launch together sees the sampler's microbatches, cached or streamed, whatever the workers."""
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_processes_together_give_the_samplers_microbatches(
             batch, expected = next(parts[process]), sampler.microbatch(step, number)
             samples = torch.from_numpy(expected.samples)
             assert torch.equal(batch.labels, data.labels[samples])
-            pixels = torch.stack([data.load(int(i)) for i in samples])  # type: ignore[arg-type]
+            pixels = torch.stack([data.load(int(i)) for i in samples])
             assert batch.images.dtype == torch.uint8 and torch.equal(batch.images, pixels)
             keys = sample_keys(5, expected.epoch, data.rows[samples], torch.zeros(MICRO, dtype=torch.int64))
             assert torch.equal(batch.keys, keys)
@@ -145,7 +146,7 @@ def test_random_crops_of_large_images_follow_their_keys(tmp_path: Path) -> None:
     first, again = (everything(loader.batches(range(2))) for _ in range(2))
     assert torch.equal(first[0], again[0]) and first[0].shape == (32, 12, 12, 3)
     data = data_of(config, tmp_path).train
-    whole = torch.stack([data.load(int(i)) for i in loader.sampler.microbatch(0, 0).samples])  # type: ignore[arg-type]
+    whole = torch.stack([data.load(int(i)) for i in loader.sampler.microbatch(0, 0).samples])
     assert not torch.equal(first[0][:MICRO], whole), "no random crop was made"
     epoch = everything(loader.batches(range(2, 4)))
     by_key = dict(zip(first[2].tolist(), first[0], strict=True))
@@ -193,7 +194,7 @@ def test_evaluation_covers_every_sample_once_in_whole_batches(
             assert len(samples) == min(EVALUATION_BATCH, len(data.test) - first)
             assert torch.equal(labels, data.test.labels[samples])
             for i in (0, len(samples) - 1):
-                assert torch.equal(images[i], data.test.load(int(samples[i])))  # type: ignore[arg-type]
+                assert torch.equal(images[i], data.test.load(int(samples[i])))
             seen.append(samples)
     assert len(data.test) == 1001
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(data.test)))
@@ -225,6 +226,7 @@ def test_a_broken_image_is_one_line_with_its_path(tmp_path: Path, workers: int, 
     message = str(error.value)
     assert message.startswith(str(folder / "train" / "b" / "007.jpg")), message
     assert "\n" not in message and "--data.on_error=skip" in message
+    assert not multiprocessing.active_children(), "the workers were left running"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,12 +18,18 @@ STEPS_PER_EPOCH = 10
 
 
 def calendar_of(
-    *, epochs: int = 4, max_steps: int | None = None, log: int = 50, save: int | None = None, save_epochs: int = 1
+    *,
+    epochs: int = 4,
+    max_steps: int | None = None,
+    log: int = 50,
+    save: int | None = None,
+    save_epochs: int = 1,
+    histograms: int | None = None,
 ) -> Calendar:
     config = Config(
         train=TrainConfig(epochs=epochs, max_steps=max_steps, batch_size=32),
         checkpoint=CheckpointConfig(every_steps=save, every_epochs=save_epochs),
-        log=LogConfig(every_steps=log),
+        log=LogConfig(every_steps=log, histogram_every_steps=histograms),
     )
     return build_calendar(config, STEPS_PER_EPOCH)
 
@@ -39,13 +45,14 @@ def test_an_epoch_ends_with_a_log_line_a_validation_and_a_checkpoint() -> None:
     calendar = calendar_of()
     for what in ("log", "validate", "save", "epoch_ends"):
         assert due_steps(calendar, what) == [10, 20, 30, 40]
-    assert calendar.after(11) == Due(log=False, validate=False, save=False, epoch_ends=False)
+    assert calendar.after(11) == Due(*[False] * len(Due._fields))
 
 
 def test_max_steps_ends_training_within_an_epoch_with_everything() -> None:
     calendar = calendar_of(max_steps=25, save_epochs=2)
     assert calendar.total_steps == 25
-    assert calendar.after(25) == Due(log=True, validate=True, save=True, epoch_ends=True)
+    due = calendar.after(25)
+    assert due.log and due.validate and due.save and due.epoch_ends
     assert due_steps(calendar, "epoch_ends") == [10, 20, 25]
     assert due_steps(calendar, "validate") == due_steps(calendar, "save") == [20, 25]
 
@@ -62,6 +69,11 @@ def test_checkpoints_every_so_many_steps_need_no_validation() -> None:
     calendar = calendar_of(epochs=2, save=7)
     assert due_steps(calendar, "save") == [7, 10, 14, 20]
     assert due_steps(calendar, "validate") == [10, 20]
+
+
+def test_histograms_come_when_they_are_asked_for_and_otherwise_never() -> None:
+    assert due_steps(calendar_of(epochs=2, histograms=6), "histograms") == [6, 12, 18]
+    assert due_steps(calendar_of(epochs=2), "histograms") == []
 
 
 def test_every_second_epoch_and_the_last_are_validated() -> None:

@@ -1,6 +1,7 @@
 """What a finished run leaves: tables, predictions, pictures, summary."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Dat
     data, metrics = evaluated
     kept = np.arange(len(metrics.samples)) % 7 > 0  # as if every seventh image had been skipped
     columns = ("samples", "labels", "predictions", "confidences", "losses")
-    some = Metrics(
-        *(getattr(metrics, name)[kept] if name in columns else value for name, value in vars(metrics).items())
-    )
+    some = replace(metrics, **{name: getattr(metrics, name)[kept] for name in columns})
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     images = data.test.subset(order)  # sample i is row order[i] of the source
     path = write_predictions(tmp_path, "test", some, images, data)
@@ -136,10 +135,10 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
     assert titles == [f"{metrics.labels[i]}, not {metrics.predictions[i]}" for i in worst]
     for image, i in zip(images, worst, strict=True):
-        assert np.array_equal(image, data.test.load(int(i)))  # type: ignore[arg-type]
+        assert np.array_equal(image, data.test.load(int(i)))
     images, titles = shown["samples"]
     assert titles == [str(label) for label in data.train.labels[:25].tolist()]
-    assert np.array_equal(images[24], data.train.load(24))  # type: ignore[arg-type]
+    assert np.array_equal(images[24], data.train.load(24))
 
 
 @pytest.mark.parametrize("figures", [True, False])
@@ -148,7 +147,7 @@ def test_a_finished_training_leaves_its_summary(
 ) -> None:
     data, metrics = evaluated
     run = run_in(tmp_path, figures=figures)
-    run.write_summary(state="running", wall_seconds=7)
+    run.write_summary(state="running", of_before=7)
     progress = Progress(
         step=50, val_losses=[0.5], best_step=40, best_accuracy=0.9, best_loss=0.5, train_seconds=10.0, restarts=1
     )
@@ -156,7 +155,7 @@ def test_a_finished_training_leaves_its_summary(
     report_training(run, tracker, progress, build_calendar(run.config, steps_per_epoch=20), metrics, data)
     summary = json.loads((run.path / "summary.json").read_text())
     expected = {
-        "state": "finished", "wall_seconds": 7, "test_accuracy": metrics.accuracy, "test_loss": metrics.loss,
+        "state": "finished", "of_before": 7, "test_accuracy": metrics.accuracy, "test_loss": metrics.loss,
         "best_val_accuracy": 0.9, "best_step": 40, "steps": 50, "epochs": 3, "images_per_second": 50 * 64 / 10,
         "train_seconds": 10.0, "restarts": 1,
     }  # fmt: skip

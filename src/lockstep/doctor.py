@@ -1,4 +1,4 @@
-"""Look at everything a long job needs, in seconds, before it starts: `python -m lockstep.doctor [train.py's arguments]`.
+"""Look, in seconds, at everything a long job needs: `python -m lockstep.doctor [train.py's arguments]`.
 
 Put it where train.py stands, `accelerate launch [options] -m lockstep.doctor [...]`, to examine that very launch. Every
 process runs every check and the main process prints one line for each: ok, warning, failed or skipped, what was found,
@@ -50,6 +50,7 @@ _FIRST_PROCESS_SPEAKS_SECONDS = 30
 _DEFAULT_PORT = 29500  # accelerate's and torchrun's
 _PROBES = 4  # images whose pixels are compared between processes
 _LONG_PASS_SECONDS = 5.0
+_MEETING_REMEDY = "start the same command on every machine, and look at the address, the port and the firewall"
 
 Status = Literal["ok", "skipped", "warning", "failed"]
 _SEVERITY: tuple[Status, ...] = ("ok", "skipped", "warning", "failed")
@@ -92,7 +93,7 @@ _NO_LAUNCH = Finding("skipped", "the launch failed")
 
 
 def check_launch(parts: Parts) -> Finding:
-    """Start the process group; world size, device and precision as the launcher, the settings and the device have it."""
+    """Start the process group: its size, the device and the precision are what was asked for."""
     try:
         with _time_limit(MEETING_SECONDS, "launch", f"not all processes met at {_address()}: {_MEETING_REMEDY}"):
             parts.accelerator, launch = build_accelerator(parts.config.runtime)
@@ -107,9 +108,6 @@ def check_launch(parts: Parts) -> Finding:
     if precision == "fp32" and has_fast_bf16(launch.device.type == "cpu"):
         return Finding("warning", f"{text}, but this device has fast bf16: set --runtime.precision=auto")
     return Finding("ok", text)
-
-
-_MEETING_REMEDY = "start the same command on every machine, and look at the address, the port and the firewall"
 
 
 def check_batch(parts: Parts) -> Finding:
@@ -128,6 +126,8 @@ def check_cores(parts: Parts) -> Finding:
     if parts.launch is None:
         return _NO_LAUNCH
     cores, threads, workers = parts.launch.cores, torch.get_num_threads(), parts.config.data.workers
+    spare = max(cores - 1, 0)
+    workers = workers if workers >= 0 else spare
     machine, neighbours = len(os.sched_getaffinity(0)), _local_processes(parts.launch)
     problems = []
     if neighbours > machine:
@@ -135,11 +135,10 @@ def check_cores(parts: Parts) -> Finding:
     if threads > cores:
         problems.append(f"{threads} CPU threads for {cores} cores per process: set --runtime.threads={cores}")
     if workers > cores:
-        spare = max(cores - 1, 0)
         problems.append(f"{workers} data workers for {cores} cores per process: set --data.workers={spare}")
     if problems:
         return Finding("warning", "; ".join(problems))
-    return Finding("ok", f"{threads} threads and {max(workers, 0) or 'no'} workers per process, which owns {cores}")
+    return Finding("ok", f"each process has {cores}, for CPU threads: {threads}, data workers: {workers}")
 
 
 def check_port(parts: Parts) -> Finding | None:
@@ -289,10 +288,10 @@ def _train_once(parts: Parts) -> tuple[float, float, int]:
     transform = build_transform(config, data.mean, data.std, precropped=loader.precropped)
     loss_of = build_loss(config.train)
     batch = next(loader.batches(range(1)))
-    # As train.py has it, but for DDP: with it a failure on one process would hang the others.
-    network = accelerator.prepare_model(parts.model, evaluation_mode=True).train()
     if config.runtime.compile:
         parts.model.compile()
+    # As train.py has it, but without DDP and shared batch statistics: a failure here must not hang the others.
+    network = accelerator.prepare_model(parts.model, evaluation_mode=True).train()
     seconds = math.inf
     for _ in range(2):  # the first pass is slow everywhere: the second tells the time, unless that would be long
         start = time.perf_counter()
@@ -343,9 +342,7 @@ def check_disk(parts: Parts) -> Finding | None:
     return Finding("ok", text)
 
 
-def _checkpoint_bytes(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: ExponentialAverage | None
-) -> int:
+def _checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> int:
     if not optimizer.state:  # no step was possible: zero gradients make the same state
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -234,3 +234,22 @@ def _save(figure: "Figure", path: Path) -> "Figure":
     finally:
         aside.unlink(missing_ok=True)
     return figure
+
+
+def plot_launches(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> "Figure":
+    """Loss curves of several launches of one training on top of each other: a panel per program, a line per launch.
+
+    `panels`: title to launch name to loss per step. 1800 x 630 pixels for two panels.
+    """
+    figure = _new_figure(6 * len(panels), 4.2)
+    styles = (("#3b6fb6", "-", 3.2), ("#d9702b", "--", 2.0), ("#2a8a57", ":", 1.8))
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        for (name, losses), (color, style, width) in zip(curves.items(), styles, strict=False):
+            axes.plot(range(1, len(losses) + 1), losses, style, color=color, linewidth=width, label=name)
+        axes.set_title(title, loc="left", fontweight="bold", color=_INK)
+        axes.set_xlabel("Step", color=_INK)
+        axes.set_yscale("log")
+        axes.legend(title="processes x accumulation", frameon=False)
+    all_axes[0].set_ylabel("Training loss", color=_INK)
+    return _save(figure, path)

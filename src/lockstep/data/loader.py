@@ -145,4 +145,7 @@ def _data_loader(
     except ValueError as error:
         # From a worker, torch sends the whole traceback as the message; its last line is the one for the user.
         line = str(error).strip().splitlines()[-1]
-        raise ValueError(re.sub(r"^(lockstep\.data\.cache\.UnreadableImage|ValueError): ", "", line)) from error
+        line = re.sub(r"^(lockstep\.data\.cache\.UnreadableImage|ValueError): ", "", line)
+        # Frames in the traceback would hold on to the iterator until some later garbage collection, in whose
+        # disorder its workers are not told to end and are waited for, five seconds each.
+        raise ValueError(line) from error.with_traceback(None)
