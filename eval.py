@@ -41,7 +41,7 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     model = accelerator.prepare_model(model, evaluation_mode=True)
 
-    transform = build_transform(config, data.mean, data.std, precropped=False)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     loader = EvaluationLoader(images, data.num_classes, launch, config)
     metrics = evaluate(model, loader, transform, accelerator)
 

@@ -14,29 +14,24 @@ if __name__ == "__main__":
     settings = parse_config()
 
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 
-import torch
-from torch import nn
-
-from lockstep.augment import build_transform, mix, mixes
-from lockstep.batchnorm import RunningStatistics, convert_to_sync_batchnorm
-from lockstep.checkpoint import Checkpointer, load_weights, put_weights
+from lockstep.augment import build_transform
+from lockstep.batchnorm import RunningStatistics
+from lockstep.checkpoint import Checkpointer, find_newest
 from lockstep.config import Config
-from lockstep.data import Data, build_data
+from lockstep.data import build_data
 from lockstep.data.loader import EvaluationLoader, TrainLoader
 from lockstep.ema import build_average
 from lockstep.evaluate import evaluate
 from lockstep.loss import build_loss
-from lockstep.models import build_model
 from lockstep.models.summary import summarize_model
+from lockstep.network import build_network
 from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr
 from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.report import report_training
 from lockstep.run import open_run
-from lockstep.runtime import Launch, Profiler, build_accelerator, resolve_micro_batch_size
+from lockstep.runtime import Profiler, build_accelerator, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
 from lockstep.schedule import build_schedule
 from lockstep.tracking import build_tracker, describe_environment
@@ -53,28 +48,27 @@ def train(config: Config) -> None:
     sampler = build_sampler(config, data.train.labels.numpy(), micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, config)
     val_loader = data.val and EvaluationLoader(data.val, data.num_classes, launch, config)
-    transform = build_transform(config, data.mean, data.std, precropped=loader.precropped)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=loader.precropped)
     loss_of = build_loss(config.train)
 
     seed_run(config.run.seed)
-    model = build_network(config, data, launch, resumes=run.has_checkpoint)
+    model = build_network(config, data, launch.device, resumes=find_newest(run.checkpoints) is not None)
+    if config.model.summary:
+        launch.say(summarize_model(model, data.image_shape))
     average = build_average(config.train, model)
     network, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
     checkpointer = Checkpointer(run, accelerator, model, optimizer, average)
     progress = checkpointer.restore()
     statistics = RunningStatistics(model)
     calendar = build_calendar(config, sampler.steps_per_epoch)
-    planned_steps = config.train.epochs * sampler.steps_per_epoch
-    schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, planned_steps)
+    schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
     run.create()
-    environment = describe_environment() | launch.as_dict() | {"accumulation": loader.accumulation}
-    tracker = build_tracker(
-        config, run.path, is_main=launch.is_main, resume_step=progress.step, environment=environment
-    )
+    environment = describe_environment() | launch.as_dict(loader.accumulation)
+    tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, micro_batch_size)}")
     if progress.step == 0:
-        tracker.graph(model, transform.evaluate(torch.zeros(1, *data.image_shape[1:], data.image_shape[0])))
+        tracker.graph(model, next(model.parameters()).new_zeros(1, *data.image_shape))
     tracker.start(calendar.total_steps, progress.step)
     meter, stopwatch = Meter(progress, accelerator), Stopwatch(progress)
     profiler = Profiler(config.runtime, run.path, launch)
@@ -85,16 +79,12 @@ def train(config: Config) -> None:
         if progress.has_stalled(config.train.early_stop_epochs):
             tracker.say(f"no better validation accuracy for {progress.validations_since_best} epochs: stopping early")
             break
-        lr = schedule.lr_at(step, progress.val_losses)
-        set_lr(optimizer, lr)
+        lr = set_lr(optimizer, schedule.lr_at(step, progress.val_losses))
 
         for number in loader.numbers:
-            batch = next(batches)
-            images, targets = transform.train(batch.images, batch.keys), batch.labels
-            if mixes(config.augment):
-                seed = (config.run.seed, step, number)
-                images, targets = mix(images, targets, config.augment, data.num_classes, seed)
-            seed_microbatch(config.run.seed, step, number)
+            seed = (config.run.seed, step, number)
+            images, targets = transform.train_batch(*next(batches), seed)
+            seed_microbatch(*seed)
             # DDP averages over processes once per step, together with the last microbatch.
             with nullcontext() if number == loader.numbers[-1] else accelerator.no_sync(network):
                 logits = network(images)
@@ -127,36 +117,18 @@ def train(config: Config) -> None:
                 metrics = evaluate(model, val_loader, transform, accelerator)
             is_best = progress.judge(metrics.loss, metrics.accuracy)
             tracker.log(val_record(progress, calendar, metrics, lr))
+            stopwatch.skip()
         if due.epoch_ends:
             meter.start_epoch()
         if due.save:
             meter.read(progress)
             checkpointer.save(progress, is_best=is_best)
-        if due.validate:
-            stopwatch.skip()
 
     checkpointer.load_best()
-    test_loader = EvaluationLoader(data.test, data.num_classes, launch, config)
-    metrics = evaluate(model, test_loader, transform, accelerator)
+    metrics = evaluate(model, EvaluationLoader(data.test, data.num_classes, launch, config), transform, accelerator)
     tracker.log(test_record(progress, calendar, metrics))
     if launch.is_main:
         report_training(run, tracker, progress, calendar, metrics, data)
-
-
-def build_network(config: Config, data: Data, launch: Launch, *, resumes: bool) -> nn.Module:
-    """The network with its first weights (a checkpoint will replace them if the run resumes), on the device."""
-    model_config = replace(config.model, pretrained=False) if resumes else config.model
-    model = build_model(model_config, data.image_shape, data.num_classes)
-    if config.model.checkpoint and not resumes:
-        put_weights(model, load_weights(Path(config.model.checkpoint)), config.model.checkpoint)
-    if config.model.summary:
-        launch.say(summarize_model(model, data.image_shape))
-    if config.runtime.sync_batchnorm:
-        model = convert_to_sync_batchnorm(model, launch)
-    model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
-    if config.runtime.compile:
-        model.compile()  # in place: the names of the weights, and so checkpoints, stay as they are
-    return model
 
 
 if __name__ == "__main__":

@@ -375,7 +375,8 @@ def test_erasing_paints_a_rectangle_of_the_promised_size_in_the_mean_colour() ->
 
 def mixed(kind: str, seed: tuple[int, int, int], labels: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     images = planes(images_of(len(labels), 16, 16))
-    return images, *mix(images, labels, AugmentConfig(**{kind: alpha}), 5, seed)
+    setting: dict[str, Any] = {kind: alpha}
+    return images, *mix(images, labels, AugmentConfig(**setting), 5, seed)
 
 
 @few
@@ -443,6 +444,18 @@ def test_mixing_keeps_the_dtype_of_the_images() -> None:
         assert output.dtype == targets.dtype == dtype
 
 
+def test_a_training_batch_is_augmented_and_then_mixed() -> None:
+    images, labels, keys, seed = images_of(4), torch.tensor([0, 1, 2, 3]), keys_of(4), (0, 3, 1)
+    plain = unscaled(flip=True)
+    augmented, same_labels = plain.train_batch(images, labels, keys, seed)
+    assert torch.equal(augmented, plain.train(images, keys)) and torch.equal(same_labels, labels)
+    config = AugmentConfig(flip=True, mixup=1.0)
+    mixing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, num_classes=5)
+    expected = mix(augmented, labels, config, 5, seed)
+    for got, wanted in zip(mixing.train_batch(images, labels, keys, seed), expected, strict=True):
+        assert torch.equal(got, wanted) and got.shape[0] == 4
+
+
 # ---- settings
 
 
@@ -450,14 +463,14 @@ def test_mixing_keeps_the_dtype_of_the_images() -> None:
 def test_colour_settings_are_refused_for_grey_images(changes: dict[str, Any]) -> None:
     config = Config(augment=AugmentConfig(**changes))
     with pytest.raises(ValueError, match=r"--augment\.(grayscale|jitter) .*cannot change grey images") as error:
-        build_transform(config, (0.5,), (0.2,), precropped=False)
+        build_transform(config, (0.5,), (0.2,), 10, precropped=False)
     assert "\n" not in str(error.value)
-    assert build_transform(config, (0.5,) * 3, (0.2,) * 3, precropped=False).mean == (0.5,) * 3
+    assert build_transform(config, (0.5,) * 3, (0.2,) * 3, 10, precropped=False).mean == (0.5,) * 3
 
 
 def test_brightness_and_contrast_work_on_grey_images() -> None:
     config = Config(augment=AugmentConfig(jitter=(0.3, 0.3)), runtime=RuntimeConfig(dtype="float64"))
-    transform = build_transform(config, (0.5,), (0.2,), precropped=True)
+    transform = build_transform(config, (0.5,), (0.2,), 10, precropped=True)
     assert transform.precropped and transform.dtype == torch.float64
     output = transform.train(images_of(channels=1), keys_of())
     assert output.dtype == torch.float64 and not torch.equal(output, transform.evaluate(images_of(channels=1)))

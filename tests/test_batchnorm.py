@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lockstep.batchnorm import RunningStatistics, convert_to_sync_batchnorm
 from lockstep.config import ModelConfig
 from lockstep.models import build_model
-from lockstep.runtime import Launch
 
 MOMENTUM, ACCUMULATION = 0.2, 3
 
@@ -101,7 +100,7 @@ def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
     assert len(layers) > 10
     assert any(isinstance(layer, BatchNormAct2d) for layer in layers.values()) == ("efficientnet" in name)
     momenta = {n: layer.momentum for n, layer in layers.items()}
-    before = {n: (layer.running_mean.clone(), layer.running_var.clone()) for n, layer in layers.items()}  # type: ignore[union-attr]
+    before = {n: [b.clone() for b in layer.buffers()] for n, layer in layers.items()}  # mean, variance, count
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in layers}
     for n, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, inputs, n=n: seen[n].append(statistics_of(inputs[0].detach())))
@@ -169,6 +168,5 @@ def test_going_on_from_a_checkpoint(tmp_path: Path, accelerator: Accelerator) ->
 
 
 def test_sync_batchnorm_is_refused_on_a_cpu() -> None:
-    launch = Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
     with pytest.raises(ValueError, match="--runtime.sync_batchnorm=true needs GPUs, and this run is on cpu"):
-        convert_to_sync_batchnorm(network(2), launch)
+        convert_to_sync_batchnorm(network(2), torch.device("cpu"))

@@ -180,7 +180,7 @@ def test_low_precision_logits_are_judged_in_float32(accelerator: Accelerator) ->
 def real(tmp_path: Path, **settings: Any) -> tuple[Config, Data, Transform]:
     config = Config(data=DataConfig(cache_dir=str(tmp_path / "cache"), **settings))
     data = build_data(config, tmp_path, write=False)
-    return config, data, build_transform(config, data.mean, data.std, precropped=False)
+    return config, data, build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
 
 
 def test_digits_as_computed_by_hand(tmp_path: Path, accelerator: Accelerator) -> None:

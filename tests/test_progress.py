@@ -106,7 +106,7 @@ def test_higher_accuracy_is_better_and_then_lower_loss() -> None:
 
 def test_even_a_hopeless_first_validation_is_the_best_so_far() -> None:
     progress = Progress(step=1)
-    assert progress.judge(1e9, 0.0) and progress.best_step == 1
+    assert progress.judge(math.inf, 0.0) and progress.best_step == 1
 
 
 def test_training_stalls_after_so_many_validations_without_a_better_one() -> None:

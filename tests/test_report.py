@@ -41,7 +41,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Metrics]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
     loader = EvaluationLoader(data.test, 12, Launch(torch.device("cpu"), 1, 0, 0, "no", 1), config)
-    transform = build_transform(config, data.mean, data.std, precropped=False)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     return data, evaluate(model, loader, transform, Accelerator(cpu=True))
 
 
@@ -125,6 +125,7 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     from lockstep import report
 
     data, metrics = evaluated
+    assert data.test.images is not None and data.train.images is not None
     shown: dict[str, tuple[np.ndarray, list[str]]] = {}
     monkeypatch.setattr(
         report, "plot_samples", lambda images, titles, path: shown.update({path.stem: (images, list(titles))})
@@ -135,10 +136,10 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
     assert titles == [f"{metrics.labels[i]}, not {metrics.predictions[i]}" for i in worst]
     for image, i in zip(images, worst, strict=True):
-        assert np.array_equal(image, data.test.load(int(i)))
+        assert np.array_equal(image, data.test.images[data.test.rows[int(i)]])
     images, titles = shown["samples"]
     assert titles == [str(label) for label in data.train.labels[:25].tolist()]
-    assert np.array_equal(images[24], data.train.load(24))
+    assert np.array_equal(images, data.train.images[data.train.rows[:25]])
 
 
 @pytest.mark.parametrize("figures", [True, False])

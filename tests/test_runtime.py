@@ -97,7 +97,8 @@ def test_a_plain_start_is_one_process() -> None:
     accelerator, launch = build_accelerator(RuntimeConfig(threads=1))
     assert (launch.num_processes, launch.process_index, launch.local_process_index) == (1, 0, 0)
     assert launch.is_main and launch.precision == "no" and launch.device == accelerator.device == torch.device("cpu")
-    assert launch.as_dict() == {"device": "cpu", "processes": 1, "precision": "no", "threads": 1}
+    facts = {"device": "cpu", "processes": 1, "accumulation": 4, "precision": "no", "threads": 1}
+    assert launch.as_dict(accumulation=4) == facts
     assert accelerator.gradient_accumulation_steps == 1
 
 

@@ -48,6 +48,8 @@ class Transform:
     dtype: torch.dtype
     precropped: bool = False
     """The random resized crop was done where the images were decoded"""
+    num_classes: int = 0
+    """Width of the soft targets that mixing makes"""
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalise only: (x / 255 - mean) / std."""
@@ -57,6 +59,13 @@ class Transform:
         bias = (-mean / std).to(images.device, self.dtype).view(-1, 1, 1)
         pixels = images.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.channels_last)
         return torch.addcmul(bias, pixels, scale)
+
+    def train_batch(
+        self, images: Tensor, labels: Tensor, keys: Tensor, seed: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes)."""
+        pixels = self.train(images, keys)
+        return mix(pixels, labels, self.config, self.num_classes, seed) if mixes(self.config) else (pixels, labels)
 
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augment with the randomness of `keys`, int64 (B,), then normalise."""
@@ -287,7 +296,9 @@ def mix(
     return images, targets.lerp(targets.roll(1, 0), 1 - weight)
 
 
-def build_transform(config: Config, mean: tuple[float, ...], std: tuple[float, ...], *, precropped: bool) -> Transform:
+def build_transform(
+    config: Config, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, *, precropped: bool
+) -> Transform:
     """The transform for images with these statistics; raises ValueError where a setting could have no effect."""
     augment = config.augment
     if len(mean) == 1:
@@ -295,4 +306,4 @@ def build_transform(config: Config, mean: tuple[float, ...], std: tuple[float, .
         useless = [name for name, wanted in colour.items() if wanted]
         if useless:
             raise ValueError(f"--augment.{' and '.join(useless)} cannot change grey images: leave it out")
-    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped)
+    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes)

@@ -10,8 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lockstep.runtime import Launch
-
 
 class RunningStatistics:
     """Owner of the running means and variances of a network while it trains.
@@ -76,11 +74,8 @@ def _reduce_sum(tensors: list[Tensor], accelerator: Accelerator) -> list[Tensor]
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
-def convert_to_sync_batchnorm(model: nn.Module, launch: Launch) -> nn.Module:
+def convert_to_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Batch statistics over all processes, not the microbatch; raises ValueError on a CPU: it has no such layer."""
-    if launch.device.type != "cuda":
-        raise ValueError(
-            f"--runtime.sync_batchnorm=true needs GPUs, and this run is on {launch.device.type}: leave it out"
-        )
-    launch.say("sync_batchnorm: batch statistics now depend on the number of processes, and so does the result")
+    if device.type != "cuda":
+        raise ValueError(f"--runtime.sync_batchnorm=true needs GPUs, and this run is on {device.type}: leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -140,6 +140,7 @@ def _on_host(value: Any) -> Any:
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
     return checkpoints / f"step_{step:08d}"
 
 

@@ -28,15 +28,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from lockstep.augment import build_transform, mix, mixes
-from lockstep.checkpoint import load_weights, put_weights, saved_steps
+from lockstep.augment import build_transform
+from lockstep.checkpoint import saved_steps
 from lockstep.cli import parse_config
 from lockstep.config import Config
 from lockstep.data import Data, build_data
 from lockstep.data.loader import TrainLoader
 from lockstep.ema import ExponentialAverage, build_average
 from lockstep.loss import build_loss
-from lockstep.models import build_model, count_parameters
+from lockstep.models import count_parameters
+from lockstep.network import build_network
 from lockstep.optim import build_optimizer
 from lockstep.randomness import seed_run
 from lockstep.run import Run, open_run
@@ -246,12 +247,8 @@ def check_network(parts: Parts) -> Finding:
     config = parts.config
     resumes = parts.run is not None and parts.run.has_checkpoint
     seed_run(config.run.seed)
-    model_config = replace(config.model, pretrained=False) if resumes else config.model
-    model = build_model(model_config, parts.data.image_shape, parts.data.num_classes)
-    if config.model.checkpoint and not resumes:
-        put_weights(model, load_weights(Path(config.model.checkpoint)), config.model.checkpoint)
     device = parts.launch.device if parts.launch else torch.device("cpu")
-    parts.model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
+    parts.model = model = build_network(config, parts.data, device, resumes=resumes)
     parts.average = build_average(config.train, model)
     parts.optimizer = build_optimizer(config.optim, model)
     return Finding("ok", f"{config.model.name} with {count_parameters(model):,} parameters")
@@ -285,19 +282,15 @@ def _train_once(parts: Parts) -> tuple[float, float, int]:
     quick = replace(config, data=replace(config.data, workers=min(abs(config.data.workers), 1)))
     sampler = build_sampler(config, data.train.labels.numpy(), parts.micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, quick)
-    transform = build_transform(config, data.mean, data.std, precropped=loader.precropped)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=loader.precropped)
     loss_of = build_loss(config.train)
     batch = next(loader.batches(range(1)))
-    if config.runtime.compile:
-        parts.model.compile()
     # As train.py has it, but without DDP and shared batch statistics: a failure here must not hang the others.
     network = accelerator.prepare_model(parts.model, evaluation_mode=True).train()
     seconds = math.inf
     for _ in range(2):  # the first pass is slow everywhere: the second tells the time, unless that would be long
         start = time.perf_counter()
-        images, targets = transform.train(batch.images, batch.keys), batch.labels
-        if mixes(config.augment):
-            images, targets = mix(images, targets, config.augment, data.num_classes, (config.run.seed, 0, 0))
+        images, targets = transform.train_batch(*batch, (config.run.seed, 0, 0))
         loss = loss_of(network(images), targets).mean()
         accelerator.backward(loss)
         if launch.device.type != "cpu":

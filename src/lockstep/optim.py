@@ -71,10 +71,11 @@ def _parameter_groups(config: OptimConfig, parameters: Sequence[nn.Parameter]) -
     return [group for group in groups if group["params"]]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group the learning rate `lr` for the steps to come."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Gives every parameter group the learning rate of the coming step, and returns it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    return lr
 
 
 @torch.no_grad()

@@ -106,6 +106,8 @@ class Calendar:
     """When things happen, in steps. `after(step)` is asked when `step` updates are done."""
 
     steps_per_epoch: int
+    planned_steps: int
+    """All epochs: what schedules are laid out for"""
     total_steps: int
     """Where training ends: train.epochs, or train.max_steps if that is sooner"""
     batch_size: int
@@ -137,11 +139,11 @@ class Calendar:
 
 def build_calendar(config: Config, steps_per_epoch: int) -> Calendar:
     """The calendar of a run over data with this many steps per epoch."""
-    total_steps = config.train.epochs * steps_per_epoch
-    if config.train.max_steps is not None:
-        total_steps = min(total_steps, config.train.max_steps)
+    planned_steps = config.train.epochs * steps_per_epoch
+    total_steps = min(planned_steps, config.train.max_steps or planned_steps)
     return Calendar(
         steps_per_epoch,
+        planned_steps,
         total_steps,
         config.train.batch_size,
         config.log.every_steps,
@@ -165,7 +167,7 @@ class Stopwatch:
         self._wall_start = self._started - progress.wall_seconds
 
     def lap(self) -> float:
-        """Steps per second since the last lap. Call when the device has been waited for, and `resume` later."""
+        """Steps per second since the last lap. Call when the device has been waited for, then `skip` other work."""
         seconds = time.perf_counter() - self._started
         rate = (self._progress.step - self._lap_step) / max(seconds, 1e-9)
         self._progress.train_seconds += seconds

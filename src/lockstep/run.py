@@ -28,6 +28,7 @@ class Run:
 
     @property
     def has_checkpoint(self) -> bool:
+        """Whether one was saved; it may be damaged."""
         return (self.checkpoints / "last").exists()
 
     @property

@@ -46,11 +46,12 @@ class Launch:
         if self.is_main:
             print(text, flush=True)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, accumulation: int) -> dict[str, Any]:
         """For environment.json."""
         return {
             "device": self.device.type,
             "processes": self.num_processes,
+            "accumulation": accumulation,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
@@ -62,7 +63,7 @@ class Launch:
         return (
             f"{self.device.type}, {self.precision_name}, {processes}, "
             f"{torch.get_num_threads()} CPU threads each; a step is {batch_size} samples = "
-            f"{micro_batch_size} x {self.num_processes} processes x {accumulation} accumulation"
+            f"{micro_batch_size} (microbatch) x {self.num_processes} (processes) x {accumulation} (accumulation)"
         )
 
 

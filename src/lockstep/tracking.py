@@ -493,7 +493,7 @@ def _open_sinks(
 
 
 def build_tracker(
-    config: Config, run_dir: Path, *, is_main: bool, resume_step: int = 0, environment: dict[str, Any] | None = None
+    config: Config, run_dir: Path, is_main: bool, resume_step: int = 0, environment: dict[str, Any] | None = None
 ) -> Tracker:
     """Open the run for training from `resume_step` on; what was logged after that step is dropped.
 
