@@ -44,6 +44,7 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     loader = EvaluationLoader(images, data.num_classes, launch, config)
     metrics = evaluate(model, loader, transform, accelerator)
+    assert metrics is not None, "nothing interrupts an evaluation here"
 
     launch.say(f"{request.checkpoint}, {request.split} split: {len(metrics.samples)} samples, {launch.precision_name}")
     launch.say(f"accuracy {metrics.accuracy!r} ({metrics.accuracy:.2%})  loss {metrics.loss!r}")

@@ -13,7 +13,10 @@ if __name__ == "__main__":
     # Before the imports below, so that --help and a misspelt setting answer at once, without waiting for torch.
     settings = parse_config()
 
+import sys
 from contextlib import nullcontext
+
+from accelerate import Accelerator
 
 from lockstep.augment import build_transform
 from lockstep.batchnorm import RunningStatistics
@@ -27,27 +30,35 @@ from lockstep.loss import build_loss
 from lockstep.models.summary import summarize_model
 from lockstep.network import build_network
 from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr
+from lockstep.preemption import Preemption
 from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
 from lockstep.randomness import seed_microbatch, seed_run
-from lockstep.report import report_training
-from lockstep.run import open_run
-from lockstep.runtime import Profiler, build_accelerator, resolve_micro_batch_size
+from lockstep.report import open_tracker, report_pause, report_training
+from lockstep.run import Run, open_run
+from lockstep.runtime import Launch, Profiler, build_accelerator, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
 from lockstep.schedule import build_schedule
-from lockstep.tracking import build_tracker, describe_environment
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> int:
+    """Returns the exit code: 0, or REQUEUE_CODE if the run was asked to stop and waits to be continued."""
     accelerator, launch = build_accelerator(config.runtime)
     run = open_run(config, launch)
     if run.is_finished:
-        return launch.say(run.describe_result())
+        launch.say(run.describe_result())
+        return 0
+    with run.failure_noted(launch):
+        return fit(config, run, accelerator, launch)
 
+
+def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch) -> int:
+    preemption = Preemption(config.run, run.path, launch)
     micro_batch_size = resolve_micro_batch_size(config.train, launch.num_processes)
     data = build_data(config, run.path, write=launch.is_main)
     sampler = build_sampler(config, data.train.labels.numpy(), micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, config)
     val_loader = data.val and EvaluationLoader(data.val, data.num_classes, launch, config)
+    test_loader = EvaluationLoader(data.test, data.num_classes, launch, config)
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=loader.precropped)
     loss_of = build_loss(config.train)
 
@@ -63,24 +74,34 @@ def train(config: Config) -> None:
     calendar = build_calendar(config, sampler.steps_per_epoch)
     schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
-    run.create()
-    environment = describe_environment() | launch.as_dict(loader.accumulation)
-    tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
+    tracker = open_tracker(run, launch, loader.accumulation, progress, calendar)
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, micro_batch_size)}")
     if progress.step == 0:
         tracker.graph(model, next(model.parameters()).new_zeros(1, *data.image_shape))
-    tracker.start(calendar.total_steps, progress.step)
     meter, stopwatch = Meter(progress, accelerator), Stopwatch(progress)
     profiler = Profiler(config.runtime, run.path, launch)
-    steps = range(progress.step, calendar.total_steps)
-    batches = loader.batches(steps)
+    batches = loader.batches(range(progress.step, calendar.total_steps))
 
-    for step in steps:
-        if progress.has_stalled(config.train.early_stop_epochs):
-            tracker.say(f"no better validation accuracy for {progress.validations_since_best} epochs: stopping early")
+    while True:
+        validates = val_loader is not None and calendar.validates(progress)
+        if val_loader and validates:
+            with average.applied(model) if average else nullcontext():
+                metrics = evaluate(model, val_loader, transform, accelerator, preemption.wanted)
+            if metrics:
+                is_best = progress.judge(metrics.loss, metrics.accuracy)
+                tracker.log(val_record(progress, calendar, metrics))
+                meter.start_epoch()
+                checkpointer.save(meter.read(progress), is_best=is_best)
+                stopwatch.skip()
+        if preemption.agreed(wait=validates):
+            checkpointer.save(meter.read(progress), is_best=False)
+            checkpointer.wait(must_succeed=True)
+            return report_pause(run, tracker, progress, preemption)
+        if calendar.is_over(progress):
             break
-        lr = set_lr(optimizer, schedule.lr_at(step, progress.val_losses))
 
+        step = progress.step
+        lr = set_lr(optimizer, schedule.lr_at(step, progress.val_losses))
         for number in loader.numbers:
             seed = (config.run.seed, step, number)
             images, targets = transform.train_batch(*next(batches), seed)
@@ -111,26 +132,20 @@ def train(config: Config) -> None:
             meter.read(progress)  # the host waits for the device here, and nowhere else in a step
             tracker.log(train_record(progress, calendar, lr, gradient_norm.item(), stopwatch.lap()))
             meter.start_window()
-        is_best = val_loader is None
-        if due.validate and val_loader:
-            with average.applied(model) if average else nullcontext():
-                metrics = evaluate(model, val_loader, transform, accelerator)
-            is_best = progress.judge(metrics.loss, metrics.accuracy)
-            tracker.log(val_record(progress, calendar, metrics, lr))
-            stopwatch.skip()
-        if due.epoch_ends:
+        if due.epoch_ends and val_loader is None:
             meter.start_epoch()
-        if due.save:
-            meter.read(progress)
-            checkpointer.save(progress, is_best=is_best)
+        if due.save and not (due.validate and val_loader):
+            checkpointer.save(meter.read(progress), is_best=val_loader is None)
 
     checkpointer.load_best()
-    metrics = evaluate(model, EvaluationLoader(data.test, data.num_classes, launch, config), transform, accelerator)
+    metrics = evaluate(model, test_loader, transform, accelerator, preemption.wanted)
+    if metrics is None:
+        return report_pause(run, tracker, progress, preemption)
     tracker.log(test_record(progress, calendar, metrics))
-    if launch.is_main:
-        report_training(run, tracker, progress, calendar, metrics, data)
+    report_training(run, tracker, progress, calendar, metrics, data)
+    return 0
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        train(settings)
+        sys.exit(train(settings))

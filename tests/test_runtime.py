@@ -152,7 +152,7 @@ def test_threads_are_the_cores_that_a_process_owns() -> None:
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:
     main = Launch(torch.device("cpu"), 2, 0, 0, "bf16", 4)
     line = main.describe(64, 8)
-    for part in ("cpu", "bf16", "2 processes", "64 samples = 8 x 2 processes x 4 accumulation"):
+    for part in ("cpu", "bf16", "2 processes", "64 samples = 8 (microbatch) x 2 (processes) x 4 (accumulation)"):
         assert part in line
     assert Launch(torch.device("cpu"), 1, 0, 0, "no", 4).describe(64, 8).startswith("cpu, fp32, 1 process,")
     main.say("hello")

@@ -97,6 +97,8 @@ class Checkpointer:
         if not self._accelerator.is_main_process:
             return
         self.wait()
+        if problem_with(folder_of(self._run.checkpoints, progress.step)) is None and not is_best:
+            return  # this very state was saved before, perhaps by the start before this one
         self._pending = self._thread.submit(self._write, progress.step, self._capture(progress), is_best)
 
     def wait(self, *, must_succeed: bool = False) -> None:

@@ -339,7 +339,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the hardware is used. Nothing here changes what is learned, except precision and sync_batchnorm."""
+    """How the hardware is used. Only precision, dtype, sync_batchnorm and compress_gradients change what is learned."""
 
     precision: Literal["launch", "auto", "no", "bf16", "fp16"] = "launch"
     """launch: what accelerate launch was told; auto: the fastest that this device does well; or set outright"""
@@ -351,6 +351,8 @@ class RuntimeConfig:
     """CPU threads per process; default: the cores this process owns"""
     sync_batchnorm: bool = False
     """Batch statistics over all processes; leaves the promise of equal training on every launch"""
+    compress_gradients: bool = False
+    """Send gradients between processes as bf16: half the bytes; leaves the promise, too"""
     profile: bool = False
     """Write a torch profiler trace of steps 10 to 15 to the run folder"""
 

@@ -1,5 +1,6 @@
 """Exact evaluation: every sample counts once, at any number of processes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,24 +50,34 @@ _COLUMNS = ("seen", "label", "loss", "prediction", "confidence", "better_classes
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvaluationLoader, transform: Transform, accelerator: Accelerator) -> Metrics:
+def evaluate(
+    model: nn.Module,
+    loader: EvaluationLoader,
+    transform: Transform,
+    accelerator: Accelerator,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Metrics | None:
     """Loss, accuracy and predictions of the bare `model` (not its DDP wrapper, whose forward would wait for others).
 
     Each process fills in the rows of its own samples and the rows are added up over processes, so that the numbers,
-    and the order in which they are summed, are the same at any world size. Raises RuntimeError if a sample was missed
-    or counted twice.
+    and the order in which they are summed, are the same at any world size. None on all processes if `interrupted`,
+    asked after every batch, was true on any. Raises RuntimeError if a sample was missed or counted twice.
     """
     was_training = model.training
     model.eval()
-    # MPS has no float64; float32 still holds counts and class numbers exactly.
+    # MPS has no float64; float32 still holds counts and class numbers exactly. The last row says who was interrupted.
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    rows = torch.zeros(len(loader.data), len(_COLUMNS), dtype=dtype, device=accelerator.device)
+    rows = torch.zeros(len(loader.data) + 1, len(_COLUMNS), dtype=dtype, device=accelerator.device)
     for samples, images, labels in loader:
         rows.index_add_(0, samples, _judge(model(transform.evaluate(images)), labels).to(dtype))
+        if interrupted():
+            rows[-1] = 1
+            break
     model.train(was_training)
     if accelerator.num_processes > 1:
         rows = accelerator.reduce(rows, reduction="sum")
-    return _summarise(rows.cpu().double().numpy(), loader.num_classes)
+    numbers = rows.cpu().double().numpy()
+    return None if numbers[-1].any() else _summarise(numbers[:-1], loader.num_classes)
 
 
 def _judge(logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class Progress:
     best_accuracy: float = -1.0
     best_loss: float = float("inf")
     validations_since_best: int = 0
+    validated_step: int = 0
+    """The step of the last validation; behind `step` at an epoch's end if it was interrupted"""
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
     restarts: int = 0
@@ -35,6 +37,7 @@ class Progress:
     def judge(self, loss: float, accuracy: float) -> bool:
         """Note a validation result; true if it is the best so far: higher accuracy, then lower loss."""
         self.val_losses.append(loss)
+        self.validated_step = self.step
         is_best = (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
         if is_best:
             self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
@@ -70,12 +73,13 @@ class Meter:
         hits = (logits.detach().argmax(1) == labels).sum()
         self._sums += torch.stack([losses.detach().sum(), hits, used, len(labels) - used]).to(self._sums)
 
-    def read(self, progress: Progress) -> None:
+    def read(self, progress: Progress) -> Progress:
         """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
         sums = self._sums
         if self._accelerator.num_processes > 1:
             sums = self._accelerator.reduce(sums, reduction="sum")
         progress.window, progress.epoch = sums.tolist()
+        return progress
 
     def start_window(self) -> None:
         self._sums[0].zero_()
@@ -115,6 +119,7 @@ class Calendar:
     save_every_steps: int | None
     save_every_epochs: int
     histogram_every_steps: int | None = None
+    early_stop_epochs: int | None = None
 
     def after(self, step: int) -> Due:
         is_last = step == self.total_steps
@@ -127,6 +132,14 @@ class Calendar:
             histograms=_divides(self.histogram_every_steps, step),
             epoch_ends=epoch_ends,
         )
+
+    def validates(self, progress: Progress) -> bool:
+        """Whether a validation is due and not done yet, perhaps because the run was stopped within it."""
+        return progress.step > progress.validated_step and self.after(progress.step).validate
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether training ends here: all steps are done, or validations have not got better for long enough."""
+        return progress.step >= self.total_steps or progress.has_stalled(self.early_stop_epochs)
 
     def epoch_of(self, step: int) -> int:
         """The epoch, counted from 1, that the last of `step` updates belongs to."""
@@ -150,6 +163,7 @@ def build_calendar(config: Config, steps_per_epoch: int) -> Calendar:
         config.checkpoint.every_steps,
         config.checkpoint.every_epochs,
         config.log.histogram_every_steps,
+        config.train.early_stop_epochs,
     )
 
 
@@ -195,7 +209,7 @@ def train_record(
     }
 
 
-def val_record(progress: Progress, calendar: Calendar, metrics: Metrics, lr: float) -> dict[str, Any]:
+def val_record(progress: Progress, calendar: Calendar, metrics: Metrics) -> dict[str, Any]:
     """A line of metrics.jsonl: a validation, beside the means of the epoch's training."""
     train = means(progress.epoch)
     return {
@@ -205,7 +219,6 @@ def val_record(progress: Progress, calendar: Calendar, metrics: Metrics, lr: flo
         "train_loss": train["loss"],
         "train_accuracy": train["accuracy"],
         "train_val_loss_ratio": train["loss"] / max(metrics.loss, 1e-12),
-        "lr": lr,
     }
 
 

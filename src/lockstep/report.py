@@ -9,17 +9,41 @@ from lockstep.data import Data, ImageSet
 from lockstep.data.images import SKIPPED_LABEL
 from lockstep.evaluate import Metrics
 from lockstep.figures import plot_confusion_matrix, plot_curves, plot_samples
+from lockstep.preemption import Preemption
 from lockstep.progress import Calendar, Progress
 from lockstep.run import Run
-from lockstep.tracking import Tracker, read_history
+from lockstep.runtime import Launch
+from lockstep.tracking import Tracker, build_tracker, describe_environment, read_history
 
 _GALLERY = 25
+
+
+def open_tracker(run: Run, launch: Launch, accumulation: int, progress: Progress, calendar: Calendar) -> Tracker:
+    """Make the run folder and open its logs where training goes on."""
+    if launch.is_main:
+        run.create()
+    environment = describe_environment() | launch.as_dict(accumulation)
+    tracker = build_tracker(run.config, run.path, launch.is_main, progress.step, environment)
+    tracker.start(calendar.total_steps, progress.step)
+    return tracker
+
+
+def report_pause(run: Run, tracker: Tracker, progress: Progress, preemption: Preemption) -> int:
+    """Close a run that was asked to stop; returns the exit code."""
+    summary = {"state": "preempted", "steps": progress.step, "restarts": progress.restarts}
+    if tracker.is_main:
+        run.write_summary(**summary)
+    tracker.say(f"stopped after step {progress.step} ({preemption.reason}), saved; the same command continues")
+    tracker.finish(summary)
+    return preemption.leave(progress.step)
 
 
 def report_training(
     run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, metrics: Metrics, data: Data
 ) -> None:
     """Summary, figures and closing line of a finished training; `metrics`: the best checkpoint on the test set."""
+    if not tracker.is_main:
+        return
     images = progress.step * calendar.batch_size
     summary = {
         "state": "finished",

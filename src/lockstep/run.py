@@ -1,6 +1,8 @@
 """The run folder: which run a command means, whether it may go on, and its summary."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ class Run:
         """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(config_to_yaml(self.config))
+        self.write_summary(state="running")
+
+    @contextmanager
+    def failure_noted(self, launch: Launch) -> Iterator[None]:
+        """Within it, an exception that ends training leaves `state: failed` in summary.json."""
+        try:
+            yield
+        except Exception:
+            if launch.is_main and (self.path / "config.yaml").is_file():
+                with suppress(OSError):
+                    self.write_summary(state="failed")
+            raise
 
     def write_summary(self, **values: Any) -> None:
         """Merge values into summary.json."""

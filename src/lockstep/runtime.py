@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lockstep.config import RuntimeConfig, TrainConfig
 
@@ -72,15 +72,13 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = _precision(config, on_cpu)
     _refuse_lonely_launch()
-    # torch 2.15 renames this DDP option; accelerate 1.15 and older torch know the old name only.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    _refuse_fsdp()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            # Running statistics are ours to combine (batchnorm.py): DDP must not overwrite them with rank 0's.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            _ddp_options(config),
             InitProcessGroupKwargs(timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS)),
         ],
     )
@@ -99,6 +97,25 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         precision,
         cores,
     )
+
+
+def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
+    # torch 2.15 renames broadcast_buffers; accelerate 1.15 and older torch know the old name only.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # No static_graph: with accumulation (no_sync in the first forward) torch 2.15 fails an internal assertion.
+    hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
+        gradient_as_bucket_view=True,
+        comm_hook=hook,
+    )
+
+
+def _refuse_fsdp() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ValueError(
+            "FSDP is not supported: use one of accelerate_configs/ddp_*.yaml (every GPU then holds the whole network)"
+        )
 
 
 def _refuse_lonely_launch() -> None:

@@ -384,6 +384,11 @@ class Tracker:
         # Unbuffered: a record is in the hands of the operating system when log returns, whatever happens then.
         self._file = None if console is None else open(self._path, "ab", buffering=0)
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._console is not None
+
     def start(self, total_steps: int, step: int) -> None:
         """Begin the progress display: `step` of `total_steps` are done."""
         if self._console is not None:

@@ -1,0 +1,98 @@
+"""Stopping on request, with nothing lost: signals, a stop file, a time limit, agreed by all processes at a step's end.
+
+SIGTERM and SIGUSR2 ask for it (NCCL takes USR1 for itself), and so do a file `stop` in the run folder and
+`run.max_hours`. A request on any process reaches all of them: each step they add up a flag, in the background, and look
+at the sum of the step before, so that nobody waits. The program then saves and ends with REQUEUE_CODE; launchers turn
+every code into 1, so the run folder holds a file `preempted` too, until the run goes on.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.config import RunConfig
+from lockstep.runtime import Launch
+from lockstep.tracking import write_json
+
+REQUEUE_CODE = 85
+STOP_FILE = "stop"
+MARKER = "preempted"
+_STOP_FILE_SECONDS = 1.0  # between looks at the file, which may lie on a slow shared disk
+_PR_SET_PDEATHSIG = 1
+
+
+class Preemption:
+    """Knows whether the run should stop. Make it early: from then on the signals no longer kill."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, launch: Launch) -> None:
+        """Takes over SIGTERM and SIGUSR2 of this process; every process of the run must make one."""
+        self.reason: str | None = None
+        self._run_dir, self._launch = run_dir, launch
+        self._deadline = None if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
+        self._max_hours = config.max_hours
+        self._next_look = 0.0
+        self._group: Any = dist.new_group(backend="gloo") if launch.num_processes > 1 else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+        _end_with_launcher()
+        if launch.is_main:
+            for name in (STOP_FILE, MARKER):  # an old request was answered by the stop before this start
+                with contextlib.suppress(FileNotFoundError):
+                    (run_dir / name).unlink()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or f"signal {signal.Signals(number).name}"
+
+    def wanted(self) -> bool:
+        """Whether this process has been asked to stop; cheap enough for every batch."""
+        now = time.monotonic()
+        if self.reason is None and self._launch.is_main and now >= self._next_look:
+            self._next_look = now + _STOP_FILE_SECONDS
+            if (self._run_dir / STOP_FILE).exists():
+                self.reason = f"file {self._run_dir / STOP_FILE}"
+            elif self._deadline is not None and now > self._deadline:
+                self.reason = f"--run.max_hours={self._max_hours}"
+        return self.reason is not None
+
+    def agreed(self, *, wait: bool = False) -> bool:
+        """Whether any process has been asked to stop, the same answer on all; every process calls it after every step.
+
+        The answer is as of the call before, which costs nobody any waiting; with `wait` it is as of now.
+        """
+        if self._group is None:
+            return self.wanted()
+        flag = torch.tensor([self.wanted()], dtype=torch.int32)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        before, self._pending = self._pending, (work, flag)
+        answer = self._answer(before)
+        return self._answer(self._pending) or answer if wait else answer
+
+    @staticmethod
+    def _answer(pending: tuple[Any, torch.Tensor] | None) -> bool:
+        if pending is None:
+            return False
+        pending[0].wait()
+        return bool(pending[1].item())
+
+    def leave(self, step: int) -> int:
+        """Note in the run folder that the run waits to be continued; returns the code to exit with."""
+        if self._launch.is_main:
+            write_json(self._run_dir / MARKER, {"step": step, "reason": self.reason or "asked on another process"})
+        return REQUEUE_CODE
+
+
+def _end_with_launcher() -> None:
+    """Let Linux send SIGTERM when the launcher dies: it may die of a signal that it does not pass on."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,159 @@
+"""Stopping on request: real signals to real processes, a stop file, a time limit; nothing is lost and all ranks end."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import QUICK, finish, launch, launch_command, read_lines, start
+
+from lockstep.checkpoint import load_weights
+from lockstep.compare import relative_differences
+from lockstep.config import RunConfig
+from lockstep.preemption import REQUEUE_CODE, Preemption
+from lockstep.runtime import Launch
+
+ALONE = Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
+
+# Long enough to be caught in the middle; equal to rounding between launches.
+LONG = (
+    *QUICK,
+    "--model.name=tiny_cnn",
+    "--train.epochs=120",
+    "--checkpoint.every_epochs=30",
+    "--runtime.dtype=float64",
+    "--optim.name=sgd",
+    "--optim.lr=0.01",
+    "--schedule.name=constant",
+    "--log.every_steps=1",
+)
+
+
+@pytest.fixture
+def own_signals(monkeypatch: pytest.MonkeyPatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    monkeypatch.setattr("lockstep.preemption._end_with_launcher", lambda: None)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signals_ask(number: signal.Signals, tmp_path: Path, own_signals: None) -> None:
+    preemption = Preemption(RunConfig(), tmp_path, ALONE)
+    assert not preemption.agreed()
+    os.kill(os.getpid(), number)
+    assert preemption.agreed() and number.name in str(preemption.reason)
+    assert preemption.leave(7) == REQUEUE_CODE == 85
+    assert json.loads((tmp_path / "preempted").read_text())["step"] == 7
+
+
+def test_stop_file_asks_once(tmp_path: Path, own_signals: None) -> None:
+    (tmp_path / "stop").touch()
+    preemption = Preemption(RunConfig(), tmp_path, ALONE)
+    assert not (tmp_path / "stop").exists() and not preemption.agreed()
+    (tmp_path / "stop").touch()
+    time.sleep(1.1)
+    assert preemption.agreed() and "stop" in str(preemption.reason)
+
+
+def test_time_limit_asks(tmp_path: Path, own_signals: None) -> None:
+    preemption = Preemption(RunConfig(max_hours=1e-6), tmp_path, ALONE)
+    time.sleep(0.05)
+    assert preemption.agreed() and "max_hours" in str(preemption.reason)
+    assert not Preemption(RunConfig(max_hours=1.0), tmp_path, ALONE).agreed()
+
+
+def test_only_the_main_process_looks_at_the_file(tmp_path: Path, own_signals: None) -> None:
+    preemption = Preemption(RunConfig(), tmp_path, replace(ALONE, process_index=1))
+    (tmp_path / "stop").touch()
+    assert not preemption.wanted()
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, "training did not get that far"
+        time.sleep(0.02)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher, by rank."""
+    children = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(part.endswith("train.py") for part in child.cmdline()) and "accelerate" not in " ".join(child.cmdline())
+    ]
+    return sorted(children, key=lambda child: int(child.environ().get("RANK", 0)))
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = 30) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"still running: {left}"
+
+
+@pytest.mark.launch
+def test_one_rank_is_asked_and_all_stop_then_one_process_goes_on(tmp_path: Path) -> None:
+    settings = (*LONG, f"--data.cache_dir={tmp_path / 'cache'}")
+    whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    pair = start([*launch_command(2, "train.py"), *settings, "--run.name=moved"], tmp_path)
+    run = tmp_path / "runs" / "moved"
+    wait_for_step(run, 30, pair)
+    ranks = ranks_of(pair)
+    assert len(ranks) == 2, "a test that does not see two ranks proves nothing"
+    ranks[1].send_signal(signal.SIGUSR2)
+    done = finish(pair, 60)
+    assert done.returncode != 0  # torchrun turns 85 into 1: hence the file
+    assert_gone(ranks)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "preempted" and 30 <= summary["steps"] < 600
+    assert (run / "preempted").exists() and "the same command continues" in done.stdout + done.stderr
+
+    resumed = launch(*settings, "--run.name=moved", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not (run / "preempted").exists()
+    weights = [
+        load_weights(tmp_path / "runs" / name / "checkpoints/last/model.safetensors") for name in ("whole", "moved")
+    ]
+    assert max(relative_differences(*weights).values()) <= 1e-12
+    steps = [
+        [(line["step"], line["split"]) for line in read_lines(tmp_path / "runs" / name)] for name in ("whole", "moved")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.launch
+def test_signal_to_the_program_itself_exits_with_the_requeue_code(tmp_path: Path) -> None:
+    import sys
+
+    from conftest import ROOT
+
+    process = start(
+        [sys.executable, str(ROOT / "train.py"), *LONG, "--run.name=x", f"--data.cache_dir={tmp_path}"], tmp_path
+    )
+    wait_for_step(tmp_path / "runs" / "x", 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 60).returncode == REQUEUE_CODE
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_launcher_that_dies_leaves_a_saved_run_and_no_orphan(number: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM to a launcher of one process is not passed on: the training would go on alone, unseen."""
+    process = start([*launch_command(1, "train.py"), *LONG, "--run.name=x", f"--data.cache_dir={tmp_path}"], tmp_path)
+    run = tmp_path / "runs" / "x"
+    wait_for_step(run, 10, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 1
+    process.send_signal(number)
+    finish(process, 60)
+    assert_gone(ranks)
+    assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
