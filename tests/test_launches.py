@@ -20,6 +20,7 @@ pytestmark = pytest.mark.launch
 
 PROOF = (
     "--runtime.dtype=float64",
+    "--runtime.threads=1",
     "--augment.mean=[0.3]",
     "--augment.std=[0.4]",
     "--model.name=fashion_cnn",

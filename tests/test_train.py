@@ -118,6 +118,7 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     settings = (
         *QUICK,
         "--train.epochs=8",
+        "--runtime.threads=1",
         "--train.ema_decay=0.99",
         "--augment.mixup=0.2",
         "--schedule.name=plateau",

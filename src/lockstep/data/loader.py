@@ -5,6 +5,7 @@ DataLoader whose batches are given by the sampler, so that workers only decide w
 """
 
 import re
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -129,6 +130,12 @@ class _Decoder(Dataset):
         return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
 
 
+def _leave_signals_to_the_program(worker: int) -> None:
+    """A scheduler signals every process of a job: a worker that died of it would end training before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _data_loader(
     data: ImageSet, requests: Iterator[list[Request]], config: Config, launch: Launch
 ) -> Iterator[list[Tensor]]:
@@ -139,6 +146,7 @@ def _data_loader(
         num_workers=workers,
         pin_memory=launch.device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_program,
     )
     try:
         yield from loader
