@@ -43,7 +43,7 @@ def test_run_folder_is_complete(quick_start: tuple[Path, str]) -> None:
     run, _ = quick_start
     assert load_config(run / "config.yaml") == parse_config([f"--data.cache_dir={run.parents[1] / 'cache'}"])
     (start_entry,) = json.loads((run / "environment.json").read_text())
-    assert start_entry["processes"] == 1 and start_entry["accumulation"] == 1 and start_entry["precision"] == "no"
+    assert start_entry["processes"] == 1 and start_entry["accumulation"] == 2 and start_entry["precision"] == "no"
     assert torch.__version__.startswith(start_entry["versions"]["torch"])
     assert len(json.loads((run / "split.json").read_text())["val_indices"]) == 144
     for name in ("curves", "confusion_matrix", "samples"):
@@ -59,7 +59,7 @@ def test_metrics_have_every_record_once(quick_start: tuple[Path, str]) -> None:
     assert all({"step", "epoch", "position", "split", "loss", "accuracy"} <= line.keys() for line in lines)
     train = [line["step"] for line in lines if line["split"] == "train"]
     val = [line for line in lines if line["split"] == "val"]
-    assert train == list(range(20, 401, 20)) and [line["epoch"] for line in val] == list(range(1, 21))
+    assert train == list(range(20, 601, 20)) and [line["epoch"] for line in val] == list(range(1, 31))
     assert all(line["position"] == line["step"] * 64 for line in lines)
     assert [line["split"] for line in lines].count("test") == 1
     assert val[-1]["train_val_loss_ratio"] == pytest.approx(val[-1]["train_loss"] / val[-1]["loss"])

@@ -26,7 +26,7 @@ from lockstep.config import Config, settings_digest
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_RECIPE = RECIPES / "digits_cnn.yaml"
 
-_FIRST_PROCESS_SPEAKS_SECONDS = 3
+_FIRST_PROCESS_SPEAKS_SECONDS = 10
 _SETTINGS = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
 _SECTIONS = set(asdict(Config()))
 

@@ -24,6 +24,8 @@ def open_tracker(run: Run, launch: Launch, accumulation: int, progress: Progress
         run.create()
     environment = describe_environment() | launch.as_dict(accumulation)
     tracker = build_tracker(run.config, run.path, launch.is_main, progress.step, environment)
+    if progress.restarts:
+        tracker.say(f"continuing {run.path} after step {progress.step}")
     tracker.start(calendar.total_steps, progress.step)
     return tracker
 
@@ -88,7 +90,7 @@ def draw_figures(run: Run, metrics: Metrics, data: Data) -> dict[str, Path]:
     if not len(worst):
         del paths["mistakes"]
         return paths
-    titles = [f"{names[metrics.labels[i]]}, not {names[metrics.predictions[i]]}" for i in worst]
+    titles = [f"{names[metrics.labels[i]]}, taken for {names[metrics.predictions[i]]}" for i in worst]
     plot_samples(pixels(data.test, metrics.samples[worst]), titles, paths["mistakes"])
     return paths
 

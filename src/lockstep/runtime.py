@@ -192,7 +192,9 @@ def resolve_micro_batch_size(config: TrainConfig, num_processes: int) -> int:
     step = (micro or 1) * num_processes
     below = batch_size // step * step
     sizes = " or ".join(str(size) for size in (below, below + step) if size)
+    smaller = [size for size in range(1, micro) if batch_size % (size * num_processes) == 0]
+    shrink = f", or micro_batch_size to {smaller[-1]} (other batch statistics)" if smaller else ""
     raise ValueError(
         f"--train.batch_size={batch_size} is not a multiple of {micro or 1} (micro_batch_size) x {num_processes} "
-        f"(processes): launch {' or '.join(sorted(nearest, key=int))} processes, or set batch_size to {sizes}"
+        f"(processes): launch {' or '.join(sorted(nearest, key=int))} processes, or set batch_size to {sizes}{shrink}"
     )
