@@ -3,6 +3,7 @@
     python benchmarks/launch_curves.py
 
 Each is started by `accelerate launch` on the CPU with 1, 2 and 4 processes and accumulation 4, 2 and 1, in fp32.
+Not yet run to its end: no figure comes from it.
 """
 
 import json

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -61,6 +62,7 @@ def one_line_errors() -> Iterator[None]:
         if not Path(innermost).resolve().is_relative_to(Path(__file__).resolve().parent):
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
             time.sleep(_FIRST_PROCESS_SPEAKS_SECONDS)
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

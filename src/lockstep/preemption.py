@@ -84,9 +84,11 @@ class Preemption:
         return bool(pending[1].item())
 
     def leave(self, step: int) -> int:
-        """Note in the run folder that the run waits to be continued; returns the code to exit with."""
+        """Note in the run folder that the run waits to be continued; returns the code to exit with, to all at once."""
         if self._launch.is_main:
             write_json(self._run_dir / MARKER, {"step": step, "reason": self.reason or "asked on another process"})
+        if self._group is not None:
+            dist.barrier(group=self._group)  # torchrun kills those who still save 30 s after the first one left
         return REQUEUE_CODE
 
 
