@@ -259,4 +259,6 @@ def test_model_summary_is_printed(train_here: Any, capsys: pytest.CaptureFixture
 def test_loop_is_in_plain_sight() -> None:
     lines = (ROOT / "train.py").read_text().splitlines()
     assert len(lines) <= 180
-    assert any("for number in loader.numbers:" in line for line in lines) and any("accelerator.backward" in line for line in lines)
+    assert any("for number in loader.numbers:" in line for line in lines) and any(
+        "accelerator.backward" in line for line in lines
+    )
