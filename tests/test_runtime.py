@@ -202,7 +202,10 @@ def test_what_the_refusal_advises_is_accepted(batch_size: int, processes: int, p
         assert batch_size % (size * processes) == 0 and chosen in (None, size)
         return
     except ValueError as error:
-        advice = str(error).split("launch ")[1]
+        advice, _, shrunk = str(error).split("launch ")[1].partition(", or micro_batch_size to ")
+    if shrunk:
+        smaller = int(shrunk.split()[0])
+        assert micro(processes, batch_size, micro_batch_size=smaller) == smaller
     launches, sizes = (part.split(" or ") for part in advice.split(" processes, or set batch_size to "))
     for launch in launches:
         assert batch_size % (micro(int(launch), batch_size, micro_batch_size=chosen) * int(launch)) == 0
