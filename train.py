@@ -26,14 +26,14 @@ from lockstep.data import build_data
 from lockstep.data.loader import EvaluationLoader, TrainLoader
 from lockstep.ema import build_average
 from lockstep.evaluate import evaluate
-from lockstep.loss import build_loss
+from lockstep.loss import build_loss, total
 from lockstep.models.summary import summarize_model
 from lockstep.network import build_network
-from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr
+from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr, update
 from lockstep.preemption import Preemption
 from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
 from lockstep.randomness import seed_microbatch, seed_run
-from lockstep.report import open_tracker, report_pause, report_training
+from lockstep.report import Diverged, open_tracker, report_divergence, report_pause, report_training
 from lockstep.run import Run, open_run
 from lockstep.runtime import Launch, Profiler, build_accelerator, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
@@ -41,18 +41,27 @@ from lockstep.schedule import build_schedule
 
 
 def train(config: Config) -> int:
-    """Returns the exit code: 0, or REQUEUE_CODE if the run was asked to stop and waits to be continued."""
+    """Returns the exit code: 0, or REQUEUE_CODE if the run was asked to stop and waits to be continued.
+
+    Raises ValueError for what the user can mend.
+    """
     accelerator, launch = build_accelerator(config.runtime)
     run = open_run(config, launch)
     if run.is_finished:
         launch.say(run.describe_result())
         return 0
-    with run.failure_noted(launch):
-        return fit(config, run, accelerator, launch)
-
-
-def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch) -> int:
     preemption = Preemption(config.run, run.path, launch)
+    with run.failure_noted(launch):
+        try:
+            return fit(config, run, accelerator, launch, preemption)
+        except Diverged as divergence:
+            launch.say(f"warning: {divergence}. Going back to the last checkpoint, once")
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+        return fit(config, run, accelerator, launch, preemption)
+
+
+def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> int:
     micro_batch_size = resolve_micro_batch_size(config.train, launch.num_processes)
     data = build_data(config, run.path, write=launch.is_main)
     sampler = build_sampler(config, data.train.labels.numpy(), micro_batch_size)
@@ -111,17 +120,19 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch) -> i
                 logits = network(images)
                 losses = loss_of(logits, targets)
                 # Summed over microbatches and averaged over processes, this is the mean over the global batch.
-                accelerator.backward(losses.sum() * (launch.num_processes / config.train.batch_size))
+                accelerator.backward(total(losses) * (launch.num_processes / config.train.batch_size))
             statistics.collect()
             meter.add(losses, logits, targets)
 
         gradient_norm = finish_gradients(accelerator, model, config.optim)
+        bad = ~gradient_norm.isfinite()  # on the device, the same on all processes; the host does not wait for it
         due = calendar.after(step + 1)
         if due.histograms:
             tracker.histograms(step + 1, histograms_of(model))
-        optimizer.step()
+        update(optimizer, bad)
         optimizer.zero_grad()
-        statistics.commit(accelerator)
+        statistics.commit(accelerator, bad)
+        meter.finish_step(bad)
         if average:
             average.update(model, step + 1)
         progress.step = step + 1
@@ -132,6 +143,9 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch) -> i
             meter.read(progress)  # the host waits for the device here, and nowhere else in a step
             tracker.log(train_record(progress, calendar, lr, gradient_norm.item(), stopwatch.lap()))
             meter.start_window()
+            if progress.bad_streak >= config.train.max_bad_steps:
+                checkpointer.wait()
+                report_divergence(run, tracker, progress, sampler)
         if due.epoch_ends and val_loader is None:
             meter.start_epoch()
         if due.save and not (due.validate and val_loader):

@@ -37,12 +37,14 @@ def statistics_of(batch: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(1), values.var(1, unbiased=True)
 
 
-def step(model: nn.Module, statistics: RunningStatistics, batches: list[Tensor], accelerator: Accelerator) -> None:
+def step(
+    model: nn.Module, statistics: RunningStatistics, batches: list[Tensor], accelerator: Accelerator, bad: bool = False
+) -> None:
     model.train()
     for batch in batches:
         model(batch)
         statistics.collect()
-    statistics.commit(accelerator)
+    statistics.commit(accelerator, torch.tensor(bad))
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])
@@ -136,6 +138,19 @@ def test_networks_without_statistics_are_left_alone(accelerator: Accelerator) ->
         before = {name: value.clone() for name, value in model.state_dict().items()}
         step(model, RunningStatistics(model), microbatches(1), accelerator)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_bad_step_leaves_no_trace_but_its_count(accelerator: Accelerator) -> None:
+    with_bad, without = network(2), network(2)
+    spoilt = [batch.index_fill(0, torch.tensor([1]), torch.inf) for batch in microbatches(2)]
+    statistics, reference = RunningStatistics(with_bad), RunningStatistics(without)
+    for batches, bad in ((microbatches(2, seed=2), False), (spoilt, True), (microbatches(2, seed=3), False)):
+        step(with_bad, statistics, batches, accelerator, bad)
+        if not bad:
+            step(without, reference, batches, accelerator)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(with_bad[0], name), getattr(without[0], name)), name
+    assert with_bad[0].num_batches_tracked == 3, "a skipped step is a step"
 
 
 def test_going_on_from_a_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -387,9 +387,35 @@ def test_links_lead_to_the_last_and_the_best(tmp_path: Path, accelerator: Accele
 @pytest.mark.parametrize("keep_last", [1, 2, 5])
 def test_pruning_keeps_the_newest(tmp_path: Path, keep_last: int) -> None:
     save(tmp_path, 9, 10, 20, 100, 1000)
-    prune(tmp_path, keep_last)
+    prune(tmp_path, CheckpointConfig(keep_last=keep_last))
     assert saved_steps(tmp_path) == [9, 10, 20, 100, 1000][-keep_last:]
     assert all(problem_with(folder_of(tmp_path, step)) is None for step in saved_steps(tmp_path))
+
+
+def test_every_nth_checkpoint_is_kept_for_good(tmp_path: Path) -> None:
+    save(tmp_path, 5, 10, 15, 20, 25, 30)
+    prune(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=10))
+    assert saved_steps(tmp_path) == [10, 20, 30]
+    save(tmp_path, 35)
+    prune(tmp_path, CheckpointConfig(keep_last=2, keep_every_steps=20))
+    assert saved_steps(tmp_path) == [20, 30, 35]
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_in(tmp_path)
+    parts = Parts(run, accelerator)
+    parts.checkpointer.save(Progress(step=10), is_best=True)
+    with torch.no_grad():
+        next(parts.model.parameters()).view(-1)[0] = torch.inf
+    parts.checkpointer.save(Progress(step=20), is_best=True)
+    parts.checkpointer.wait()
+    assert "of step 20" in caplog.text and "is not finite" in caplog.text
+    parts.checkpointer.save(Progress(step=30), is_best=False)
+    with pytest.raises(ValueError, match=r"cannot save a checkpoint of step 30: \S+ is not finite"):
+        parts.checkpointer.wait(must_succeed=True)
+    assert saved_steps(run.checkpoints) == [10] and os.readlink(run.checkpoints / "best") == "step_00000010"
 
 
 def test_a_damaged_later_checkpoint_never_costs_a_whole_one(tmp_path: Path) -> None:
@@ -397,7 +423,7 @@ def test_a_damaged_later_checkpoint_never_costs_a_whole_one(tmp_path: Path) -> N
     save(tmp_path, 10, 20, 30)
     (folder_of(tmp_path, 30) / "model.safetensors").unlink()
     save(tmp_path, 25)
-    prune(tmp_path, 1)
+    prune(tmp_path, CheckpointConfig(keep_last=1))
     assert saved_steps(tmp_path) == [25] and (tmp_path / "last").exists()
     assert find_newest(tmp_path) == folder_of(tmp_path, 25)
 
@@ -408,9 +434,9 @@ def test_pruning_removes_what_a_kill_left_behind(tmp_path: Path) -> None:
         (tmp_path / stray).mkdir()
         (tmp_path / stray / "model.safetensors").write_text("half")
     (tmp_path / ".tmp_best").symlink_to("step_00000010")
-    prune(tmp_path, 1)
+    prune(tmp_path, CheckpointConfig(keep_last=1))
     assert names_in(tmp_path) == {"last", "step_00000020"}
-    prune(tmp_path / "missing", 1)  # nothing there, nothing to do
+    prune(tmp_path / "missing", CheckpointConfig(keep_last=1))  # nothing there, nothing to do
 
 
 # ---- a disk that is full, or cannot be written
@@ -519,7 +545,7 @@ def save_for_ever(checkpoints: Path) -> None:
         folder = save_checkpoint(checkpoints, step, some_state(step, 40_000), "a: 1\n")
         if step % 3 == 0:
             point(checkpoints, "best", folder)
-        prune(checkpoints, 2)
+        prune(checkpoints, CheckpointConfig(keep_last=2))
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
@@ -545,6 +571,6 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
         assert not (tmp_path / "best").is_symlink() or problem_with(tmp_path / "best") is None
         interrupted += any(name.startswith(".tmp_") for name in names_in(tmp_path))
     assert interrupted, "no kill came during a save: the test shows nothing"
-    prune(tmp_path, 2)
+    prune(tmp_path, CheckpointConfig(keep_last=2))
     assert not any(name.startswith(".tmp_") for name in names_in(tmp_path))
     assert len(saved_steps(tmp_path)) <= 3 and newest in saved_steps(tmp_path)  # two and the best

@@ -164,7 +164,8 @@ CHANGES = {
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
     "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
     "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
-    "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5, "train.ema_decay": 0.9,
+    "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
+    "train.ema_decay": 0.9, "checkpoint.keep_every_steps": 5,
     "train.label_smoothing": 0.1, "train.early_stop_epochs": 2, "runtime.threads": 3, "checkpoint.every_steps": 5,
     "log.histogram_every_steps": 5,
 }  # fmt: skip
@@ -177,8 +178,9 @@ COMPANIONS = {
 }
 SHAPELESS = {
     "run.name", "run.root", "run.resume", "run.max_hours", "run.notes", "run.tags", "run.group",
-    "data.root", "data.cache_dir", "data.workers", "model.summary",
+    "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
     "runtime.compile", "runtime.threads", "runtime.profile", "checkpoint.every_steps", "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.config import TrainConfig
-from lockstep.loss import build_loss
+from lockstep.loss import build_loss, total
 
 CONFIGS = [TrainConfig(), TrainConfig(label_smoothing=0.1), TrainConfig(loss="nll")]
 
@@ -97,3 +97,15 @@ def test_low_precision_logits_get_a_float32_loss(config: TrainConfig, soft: bool
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="--train.loss=crossentropy is unknown, the nearest is cross_entropy"):
         build_loss(TrainConfig(loss="crossentropy"))  # type: ignore[arg-type]
+
+
+def test_a_total_that_is_not_finite_has_no_finite_gradient() -> None:
+    """Its terms may have one: the infinite loss of a class with probability 0 does not depend on other classes."""
+    for spoilt in (torch.inf, -torch.inf, torch.nan):
+        weights = torch.ones(3, requires_grad=True)
+        total(weights * 2 + torch.tensor([0.0, spoilt, 0.0])).backward()
+        assert weights.grad is not None and weights.grad.isnan().all()
+    weights = torch.ones(3, requires_grad=True)
+    loss = total(weights * 2)
+    loss.backward()
+    assert loss == 6 and torch.equal(weights.grad, torch.full((3,), 2.0))

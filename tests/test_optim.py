@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from lockstep.config import OptimConfig
-from lockstep.optim import add_l1_gradient, build_optimizer, set_lr
+from lockstep.optim import add_l1_gradient, build_optimizer, set_lr, update
 
 # Our settings, and what a user of torch would write for the same optimizer.
 CASES = {
@@ -49,6 +50,33 @@ def test_same_updates_as_torch(case: str) -> None:
     for one, other, start in zip(mine.parameters(), theirs.parameters(), network().parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
         assert not torch.equal(one, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", [*CASES, "sgd-momentum"])
+def test_a_bad_step_changes_neither_weights_nor_state(case: str, dtype: torch.dtype) -> None:
+    """Also as the very first step, for which torch makes momentum buffers and leaves them unfilled."""
+    settings = {"momentum": 0.9} if case == "sgd-momentum" else CASES[case][0]
+    results = []
+    for bad_steps in ({0, 2, 3}, set()):
+        model = network(dtype)
+        optimizer = Accelerator(cpu=True).prepare(
+            build_optimizer(OptimConfig(case.split("-")[0], lr=0.05, weight_decay=0.01, **settings), model)
+        )
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            images = torch.randn(8, 1, 4, 4, generator=generator, dtype=dtype)
+            if not bad_steps and step in {0, 2, 3}:
+                continue
+            optimizer.zero_grad()
+            (model.eval()(images).square().mean() * (torch.nan if step in bad_steps else 1)).backward()
+            update(optimizer, torch.tensor(step in bad_steps))
+        results.append((model.state_dict(), optimizer.state_dict()["state"]))
+    (weights, states), (expected_weights, expected_states) = results
+    assert all(torch.equal(weights[name], value) and value.isfinite().all() for name, value in expected_weights.items())
+    assert not torch.equal(weights["0.weight"], network(dtype)[0].weight)
+    for number, state in expected_states.items():
+        assert all(torch.equal(states[number][name], value) for name, value in state.items()), number
 
 
 def test_adamw_decays_only_as_configured() -> None:

@@ -92,15 +92,15 @@ def test_places_count_epochs_from_one_and_samples_from_zero() -> None:
 # ---- The best validation ---------------------------------------------------------------------------------------------
 
 
-def test_higher_accuracy_is_better_and_then_lower_loss() -> None:
+def test_higher_accuracy_is_better_and_of_equals_the_later() -> None:
     progress = Progress()
-    results = [(0.9, 0.5), (0.8, 0.5), (2.0, 0.6), (0.1, 0.5), (1.9, 0.6), (1.9, 0.6)]
+    results = [(0.9, 0.5), (0.8, 0.5), (2.0, 0.6), (0.1, 0.5), (1.9, 0.6), (2.1, 0.6), (0.1, 0.59)]
     verdicts = []
     for step, (loss, accuracy) in enumerate(results, start=1):
         progress.step = step
         verdicts.append(progress.judge(loss, accuracy))
-    assert verdicts == [True, True, True, False, True, False]
-    assert (progress.best_step, progress.best_accuracy, progress.best_loss) == (5, 0.6, 1.9)
+    assert verdicts == [True, True, True, False, True, True, False]
+    assert (progress.best_step, progress.best_accuracy) == (6, 0.6)
     assert progress.val_losses == [loss for loss, _ in results]
 
 
@@ -127,23 +127,23 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def read(meter: Meter) -> Progress:
-    progress = Progress()
-    meter.read(progress)
-    return progress
+def read(meter: Meter, bad: bool = False) -> Progress:
+    meter.finish_step(torch.tensor(bad))
+    return meter.read(Progress())
 
 
 def test_sums_of_loss_hits_and_samples(accelerator: Accelerator) -> None:
     meter = Meter(Progress(), accelerator)
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 1.0]], requires_grad=True)
     meter.add(torch.tensor([1.0, 2.0, 4.0], requires_grad=True), logits, torch.tensor([0, 1, 1]))
+    assert meter.read(Progress()).window == [0.0] * 4, "counted at the end of the step"
     assert read(meter).window == read(meter).epoch == [7.0, 2.0, 3.0, 0.0]
 
 
 def test_means_are_over_the_samples_counted() -> None:
     assert means([7.0, 2.0, 4.0, 0.0]) == {"loss": 1.75, "accuracy": 0.5}
     assert means([7.0, 2.0, 4.0, 3.0]) == {"loss": 1.75, "accuracy": 0.5, "skipped_images": 3.0}
-    assert means([0.0, 0.0, 0.0, 0.0]) == {"loss": 0.0, "accuracy": 0.0}
+    assert all(math.isnan(value) for value in means([0.0, 0.0, 0.0, 0.0]).values())
 
 
 def test_ignored_labels_are_neither_hits_nor_samples_but_counted_apart(accelerator: Accelerator) -> None:
@@ -172,12 +172,30 @@ def test_a_skipped_image_among_mixed_targets_is_counted_apart(accelerator: Accel
 def test_a_window_starts_anew_without_the_epoch_and_an_epoch_with_its_window(accelerator: Accelerator) -> None:
     meter = Meter(Progress(), accelerator)
     meter.add(torch.ones(2), torch.eye(2), torch.tensor([0, 0]))
+    meter.finish_step(torch.tensor(False))
     meter.start_window()
     assert read(meter).window == [0.0] * 4 and read(meter).epoch == [2.0, 1.0, 2.0, 0.0]
     meter.add(torch.ones(2), torch.eye(2), torch.tensor([0, 1]))
     assert read(meter).window == [2.0, 2.0, 2.0, 0.0] and read(meter).epoch == [4.0, 3.0, 4.0, 0.0]
     meter.start_epoch()
     assert read(meter).window == read(meter).epoch == [0.0] * 4
+
+
+def test_a_bad_step_counts_as_such_and_not_in_the_sums(accelerator: Accelerator) -> None:
+    meter = Meter(Progress(), accelerator)
+    good = torch.tensor([2.0]), torch.eye(2)[:1], torch.tensor([0])
+    counts = []
+    for bad in (True, False, True, True, True, False):
+        meter.add(*good)
+        if bad:
+            meter.add(torch.tensor([torch.nan]), torch.eye(2)[:1], torch.tensor([0]))
+        counts.append(read(meter, bad).bad)
+    # In the window, in a row, in all.
+    assert counts == [[1, 1, 1], [1, 0, 1], [2, 1, 2], [3, 2, 3], [4, 3, 4], [4, 0, 4]]
+    progress = meter.read(Progress())
+    assert progress.window == progress.epoch == [4.0, 2.0, 2.0, 0.0]
+    meter.start_window()
+    assert meter.read(Progress()).bad == [0, 0, 4]
 
 
 def test_long_sums_of_small_losses_keep_their_digits(accelerator: Accelerator) -> None:
@@ -201,14 +219,13 @@ def test_going_on_from_saved_sums_equals_never_having_stopped(stop: int) -> None
     through, interrupted = Meter(Progress(), accelerator), Meter(Progress(), accelerator)
     for number in range(12):
         if number == stop:
-            saved = Progress()
-            interrupted.read(saved)
-            interrupted = Meter(Progress(**saved.as_dict()), accelerator)
+            interrupted = Meter(Progress(**interrupted.read(Progress()).as_dict()), accelerator)
         for meter in (through, interrupted):
             meter.add(*batch(number))
+            meter.finish_step(torch.tensor(number % 5 > 2))
             if number == 6:
                 meter.start_window()
-    assert read(through) == read(interrupted) != Progress()
+    assert through.read(Progress()) == interrupted.read(Progress()) != Progress()
 
 
 def test_progress_survives_as_a_dictionary() -> None:
@@ -220,6 +237,14 @@ def test_progress_survives_as_a_dictionary() -> None:
 
 
 # ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_train_record_tells_of_bad_steps_only_where_there_were_any() -> None:
+    def record(bad: list[int]) -> dict[str, object]:
+        return train_record(Progress(step=20, bad=bad), calendar_of(), lr=0.1, grad_norm=2.0, steps_per_second=3.0)
+
+    assert record([2, 0, 5])["bad_steps"] == 2
+    assert "bad_steps" not in record([0, 0, 5])
 
 
 def test_a_train_record_holds_means_place_and_speed() -> None:

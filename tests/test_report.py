@@ -149,9 +149,7 @@ def test_a_finished_training_leaves_its_summary(
     data, metrics = evaluated
     run = run_in(tmp_path, figures=figures)
     run.write_summary(state="running", of_before=7)
-    progress = Progress(
-        step=50, val_losses=[0.5], best_step=40, best_accuracy=0.9, best_loss=0.5, train_seconds=10.0, restarts=1
-    )
+    progress = Progress(step=50, val_losses=[0.5], best_step=40, best_accuracy=0.9, train_seconds=10.0, restarts=1)
     tracker = build_tracker(run.config, run.path, is_main=True)
     report_training(run, tracker, progress, build_calendar(run.config, steps_per_epoch=20), metrics, data)
     summary = json.loads((run.path / "summary.json").read_text())

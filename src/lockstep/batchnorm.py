@@ -50,15 +50,18 @@ class RunningStatistics:
         self._num_collected += 1
 
     @torch.no_grad()
-    def commit(self, accelerator: Accelerator) -> None:
-        """Call once per step on every process: move the real statistics and put them into the network."""
+    def commit(self, accelerator: Accelerator, bad: Tensor) -> None:
+        """Call once per step on every process: move the real statistics and put them into the network.
+
+        They stay where they are in a bad step, whose activations are not finite; `bad` is a flag on the device.
+        """
         if not self._buffers:
             return
         if accelerator.num_processes > 1:
             self._sums = _reduce_sum(self._sums, accelerator)
         torch._foreach_div_(self._sums, float(self._num_collected * accelerator.num_processes))
         for real, mean, momentum in zip(self._real, self._sums, self._momenta, strict=True):
-            real.lerp_(mean, momentum)
+            real.lerp_(mean.where(~bad, real), momentum)
         torch._foreach_copy_(self._buffers, self._real)
         self._num_steps += 1
         for counter in self._counters:

@@ -26,6 +26,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from lockstep.cli import config_to_yaml
+from lockstep.config import CheckpointConfig
 from lockstep.ema import ExponentialAverage
 from lockstep.progress import Progress
 from lockstep.run import Run
@@ -125,11 +126,14 @@ class Checkpointer:
 
     def _write(self, step: int, state: State, is_best: bool) -> None:
         checkpoints = self._run.checkpoints
+        for name, weights in state.model.items():
+            if not weights.isfinite().all():
+                raise ValueError(f"cannot save a checkpoint of step {step}: {name} is not finite")
         folder = save_checkpoint(checkpoints, step, state, config_to_yaml(self._run.config))
         with _explained(checkpoints):
             if is_best:
                 point(checkpoints, "best", folder)
-            prune(checkpoints, self._run.config.checkpoint.keep_last)
+            prune(checkpoints, self._run.config.checkpoint)
 
 
 def _on_host(value: Any) -> Any:
@@ -311,17 +315,20 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
     model.load_state_dict(weights)
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the one that `best` leads to; also half-written ones.
+def prune(checkpoints: Path, config: CheckpointConfig) -> None:
+    """Remove what `config` does not keep, but for the checkpoint that `best` leads to; also half-written ones.
 
     Newest means up to `last`: later ones are damaged, or `last` would lead to them, and do not count.
     """
     best, last = checkpoints / "best", checkpoints / "last"
     _remove_strays(checkpoints)
-    folders = [folder_of(checkpoints, step) for step in saved_steps(checkpoints)]
-    kept = [folder for folder in folders if not last.exists() or folder.name <= os.readlink(last)][-keep_last:]
+    steps = saved_steps(checkpoints)
+    folders = [folder_of(checkpoints, step) for step in steps]
+    kept = [folder for folder in folders if not last.exists() or folder.name <= os.readlink(last)][-config.keep_last :]
     if best.exists():
         kept.append(checkpoints / os.readlink(best))
+    if config.keep_every_steps:
+        kept += [folder_of(checkpoints, step) for step in steps if step % config.keep_every_steps == 0]
     for folder in folders:
         if folder not in kept:
             # Under another name first: a kill during removal must not leave a folder that looks whole.

@@ -313,9 +313,11 @@ class TrainConfig:
     """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
     early_stop_epochs: int | None = None
     """Stop after this many epochs without better validation accuracy; default: never"""
+    max_bad_steps: int = 20
+    """Steps without a finite gradient are skipped; after this many in a row, back to the last checkpoint, once"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "epochs", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"--train.{name}={getattr(self, name)} must be at least 1")
         for name in ("micro_batch_size", "max_steps", "early_stop_epochs"):
             value = getattr(self, name)
@@ -374,14 +376,13 @@ class CheckpointConfig:
     """Save (and validate) every this many epochs"""
     keep_last: int = 2
     """Newest checkpoints to keep beside the best one"""
+    keep_every_steps: int | None = None
+    """Also keep, for good, the checkpoints of steps that this divides; default: none"""
 
     def __post_init__(self) -> None:
-        _require(
-            self.every_steps is None or self.every_steps >= 1,
-            f"--checkpoint.every_steps={self.every_steps} must be at least 1",
-        )
-        for name in ("every_epochs", "keep_last"):
-            _require(getattr(self, name) >= 1, f"--checkpoint.{name}={getattr(self, name)} must be at least 1")
+        for name in ("every_steps", "every_epochs", "keep_last", "keep_every_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--checkpoint.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -436,8 +437,9 @@ _SHAPELESS = {
     "run": {"name", "root", "resume", "max_hours", "notes", "tags", "group"},
     "data": {"root", "cache_dir", "workers"},
     "model": {"summary"},
+    "train": {"max_bad_steps"},
     "runtime": {"compile", "threads", "profile"},
-    "checkpoint": {"every_steps", "keep_last"},
+    "checkpoint": {"every_steps", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }
 

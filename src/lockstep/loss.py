@@ -55,6 +55,16 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * log_probabilities).sum(dim=1)
 
 
+def total(losses: Tensor) -> Tensor:
+    """The sum of losses (B,), whose gradient is NaN if it is not finite.
+
+    An infinite loss can have finite gradients. This way whoever gets the sum of all gradients, with every process's
+    part in it, sees that one loss was not finite, and no process has to tell the others.
+    """
+    loss = losses.sum()
+    return loss * torch.ones_like(loss).where(loss.isfinite(), torch.nan)
+
+
 def _at_least_float32(logits: Tensor) -> Tensor:
     # bfloat16 keeps 8 bits of the sum of exponentials: enough for a forward pass, not for the loss that is logged.
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

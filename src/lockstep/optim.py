@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from lockstep.config import OptimConfig
@@ -53,7 +54,12 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         options["nesterov"] = config.nesterov
     if _can_fuse(config.name, parameters):
         options["fused"] = True
-    return _OPTIMIZERS[config.name](_parameter_groups(config, parameters), **options)
+    optimizer = _OPTIMIZERS[config.name](_parameter_groups(config, parameters), **options)
+    if config.name == "sgd" and config.momentum:
+        # The first step makes them without filling them, and leaves them so if it is skipped (torch 2.15).
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _can_fuse(name: str, parameters: Sequence[Tensor]) -> bool:
@@ -104,6 +110,19 @@ def finish_gradients(accelerator: Accelerator, model: nn.Module, config: OptimCo
     if config.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     return norm
+
+
+def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:
+    """One optimizer step; nothing, neither weights nor state, changes where `bad`, a flag on the device, is set.
+
+    The fused kernels look at the flag themselves. Others wait for the device to know it. In fp16 the gradient scaler
+    has looked at the same gradients, and lowers its scale too.
+    """
+    bare = optimizer.optimizer
+    if optimizer.scaler is None and bare.defaults.get("fused"):
+        bare.found_inf = bad.float()
+    if optimizer.scaler is not None or bare.defaults.get("fused") or not bad:
+        optimizer.step()
 
 
 def histograms_of(model: nn.Module) -> dict[str, Tensor]:

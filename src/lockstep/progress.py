@@ -1,5 +1,6 @@
 """How far training has come, and the running sums of what is logged. All of it goes into every checkpoint."""
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ class Progress:
     """One per validation, for the plateau schedule"""
     best_step: int = 0
     best_accuracy: float = -1.0
-    best_loss: float = float("inf")
     validations_since_best: int = 0
     validated_step: int = 0
     """The step of the last validation; behind `step` at an epoch's end if it was interrupted"""
@@ -33,33 +33,45 @@ class Progress:
     """Loss, hits, samples and skipped images summed since the last log line"""
     epoch: list[float] = field(default_factory=lambda: [0.0] * 4)
     """The same since the epoch began"""
+    bad: list[int] = field(default_factory=lambda: [0] * 3)
+    """Bad steps (skipped for want of a finite gradient): since the last log line, in a row until now, in all"""
 
     def judge(self, loss: float, accuracy: float) -> bool:
-        """Note a validation result; true if it is the best so far: higher accuracy, then lower loss."""
+        """Note a validation result; true if none was better so far.
+
+        Of equal accuracies, which small validation sets often give, the later counts: it has the lower learning rate.
+        """
         self.val_losses.append(loss)
         self.validated_step = self.step
-        is_best = (accuracy, -loss) > (self.best_accuracy, -self.best_loss)
-        if is_best:
-            self.best_step, self.best_accuracy, self.best_loss = self.step, accuracy, loss
-        self.validations_since_best = 0 if is_best else self.validations_since_best + 1
-        return is_best
+        self.validations_since_best = 0 if accuracy > self.best_accuracy else self.validations_since_best + 1
+        if accuracy < self.best_accuracy:
+            return False
+        self.best_step, self.best_accuracy = self.step, accuracy
+        return True
 
     def has_stalled(self, early_stop_epochs: int | None) -> bool:
         """Whether so many validations in a row were no better that training should stop."""
         return early_stop_epochs is not None and self.validations_since_best >= early_stop_epochs
+
+    @property
+    def bad_streak(self) -> int:
+        """Bad steps in a row until the last time the sums were read."""
+        return self.bad[1]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Meter:
-    """Sums of loss, hits and samples on the device, so that no step waits for the host."""
+    """Sums of loss, hits and samples on the device, and counts of bad steps, so that no step waits for the host."""
 
     def __init__(self, progress: Progress, accelerator: Accelerator) -> None:
         """Goes on from the sums in `progress`, which are over all processes and therefore kept by one of them."""
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         start = [progress.window, progress.epoch] if accelerator.is_main_process else [[0.0] * 4] * 2
         self._sums = torch.tensor(start, dtype=dtype, device=accelerator.device)
+        self._step = torch.zeros_like(self._sums[0])
+        self._bad = torch.tensor(progress.bad, dtype=dtype, device=accelerator.device)
         self._accelerator = accelerator
 
     @torch.no_grad()
@@ -71,27 +83,43 @@ class Meter:
             # Mixing moves parts of targets between rows, so only their sum tells how many images had one.
             labels, used = targets.argmax(1).where(targets.sum(1) > 0, -1), targets.sum().round()
         hits = (logits.detach().argmax(1) == labels).sum()
-        self._sums += torch.stack([losses.detach().sum(), hits, used, len(labels) - used]).to(self._sums)
+        self._step += torch.stack([losses.detach().sum(), hits, used, len(labels) - used]).to(self._sums)
+
+    def finish_step(self, bad: Tensor) -> None:
+        """Count the microbatches added since the last step, or the step as a bad one if the flag on the device is set.
+
+        The flag is the same on all processes.
+        """
+        self._sums += self._step.where(~bad, 0)
+        self._step.zero_()
+        self._bad += bad
+        self._bad[1] *= bad  # one good step ends the row
 
     def read(self, progress: Progress) -> Progress:
         """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
-        sums = self._sums
+        sums = self._sums.flatten()
         if self._accelerator.num_processes > 1:
             sums = self._accelerator.reduce(sums, reduction="sum")
-        progress.window, progress.epoch = sums.tolist()
+        numbers = torch.cat([sums, self._bad]).tolist()
+        progress.window, progress.epoch = numbers[:4], numbers[4:8]
+        progress.bad = [int(count) for count in numbers[8:]]
         return progress
 
     def start_window(self) -> None:
         self._sums[0].zero_()
+        self._bad[0] = 0
 
     def start_epoch(self) -> None:
         self._sums.zero_()
 
 
 def means(sums: list[float]) -> dict[str, float]:
-    """loss and accuracy from sums of loss, hits, samples and skipped images; skipped_images if there were any."""
+    """loss and accuracy from sums of loss, hits, samples and skipped images; skipped_images if there were any.
+
+    Without a sample, as where all steps were bad, both are NaN.
+    """
     loss, hits, samples, skipped = sums
-    counted = {"loss": loss / max(samples, 1), "accuracy": hits / max(samples, 1)}
+    counted = {"loss": loss / (samples or math.nan), "accuracy": hits / (samples or math.nan)}
     return {**counted, "skipped_images": skipped} if skipped else counted
 
 
@@ -198,11 +226,12 @@ class Stopwatch:
 def train_record(
     progress: Progress, calendar: Calendar, lr: float, grad_norm: float, steps_per_second: float
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl: means since the line before."""
+    """A line of metrics.jsonl: means since the line before, without bad steps; their number if there were any."""
     return {
         **calendar.place(progress.step),
         "split": "train",
         **means(progress.window),
+        **({"bad_steps": progress.bad[0]} if progress.bad[0] else {}),
         "lr": lr,
         "grad_norm": grad_norm,
         "images_per_second": steps_per_second * calendar.batch_size,

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from lockstep.preemption import Preemption
 from lockstep.progress import Calendar, Progress
 from lockstep.run import Run
 from lockstep.runtime import Launch
-from lockstep.tracking import Tracker, build_tracker, describe_environment, read_history
+from lockstep.sampler import Sampler
+from lockstep.tracking import Tracker, build_tracker, describe_environment, read_history, write_json
 
 _GALLERY = 25
 
@@ -40,6 +42,23 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, preemption: Pre
     return preemption.leave(progress.step)
 
 
+class Diverged(ValueError):
+    """Too many bad steps in a row."""
+
+
+def report_divergence(run: Run, tracker: Tracker, progress: Progress, sampler: Sampler) -> NoReturn:
+    """Close the logs of a run whose last steps were all bad, and raise Diverged, on every process."""
+    place, step = run.path / "bad_step.json", progress.step - 1
+    if tracker.is_main:
+        batch = sampler.microbatches(range(step, step + 1), range(sampler.microbatches_per_step))
+        write_json(place, {"step": progress.step, "samples": [microbatch.samples for microbatch in batch]})
+    tracker.finish({"state": "running", "bad_steps": progress.bad[2]}, exit_code=1)
+    raise Diverged(
+        f"{run.path} diverged: steps {step + 2 - progress.bad[1]} to {progress.step} had no finite loss or gradient "
+        f"(samples of the last one: {place}); try a lower --optim.lr, --schedule.warmup_epochs or --optim.clip_norm"
+    )
+
+
 def report_training(
     run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, metrics: Metrics, data: Data
 ) -> None:
@@ -61,6 +80,7 @@ def report_training(
         "skipped_images": sum(
             int((part.labels == SKIPPED_LABEL).sum()) for part in (data.train, data.val, data.test) if part
         ),
+        "bad_steps": progress.bad[2],
         "restarts": progress.restarts,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -357,6 +357,7 @@ class _Console:
             "loss": "loss {:.4f}",
             "accuracy": "accuracy {:.1%}",
             "lr": "lr {:.3g}",
+            "bad_steps": "bad steps skipped: {}",
             "images_per_second": "{:,.0f} images/s",
         }
         parts = [
