@@ -27,6 +27,7 @@ from lockstep.data.loader import EvaluationLoader, TrainLoader
 from lockstep.ema import build_average
 from lockstep.evaluate import evaluate
 from lockstep.loss import build_loss, total
+from lockstep.memory import find_micro_batch_size, out_of_memory_explained
 from lockstep.models.summary import summarize_model
 from lockstep.network import build_network
 from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr, update
@@ -51,7 +52,7 @@ def train(config: Config) -> int:
         launch.say(run.describe_result())
         return 0
     preemption = Preemption(config.run, run.path, launch)
-    with run.failure_noted(launch):
+    with run.failure_noted(launch), out_of_memory_explained(config):
         try:
             return fit(config, run, accelerator, launch, preemption)
         except Diverged as divergence:
@@ -62,8 +63,10 @@ def train(config: Config) -> int:
 
 
 def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> int:
-    micro_batch_size = resolve_micro_batch_size(config.train, launch.num_processes)
+    micro_batch_size = resolve_micro_batch_size(config.train, launch.num_processes, run.micro_batch_size)
     data = build_data(config, run.path, write=launch.is_main)
+    if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
+        micro_batch_size = find_micro_batch_size(config, data, run, accelerator, launch)
     sampler = build_sampler(config, data.train.labels.numpy(), micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, config)
     val_loader = data.val and EvaluationLoader(data.val, data.num_classes, launch, config)
@@ -83,7 +86,7 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
     calendar = build_calendar(config, sampler.steps_per_epoch)
     schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
-    tracker = open_tracker(run, launch, loader.accumulation, progress, calendar)
+    tracker = open_tracker(run, launch, sampler, progress, calendar)
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, micro_batch_size)}")
     if progress.step == 0:
         tracker.graph(model, next(model.parameters()).new_zeros(1, *data.image_shape))

@@ -46,6 +46,7 @@ ORDER = [
     "run",
     "checkpoint",
     "network",
+    "memory",
     "report",
     "compare",
     "doctor",

@@ -91,7 +91,8 @@ def _one_line(message: str) -> str:
     none_fits = re.search(r"Parser key \"([\w.]+)\": .*?Subtypes: \[(.+?)\] Errors.*Given value: (.*)$", message)
     if none_fits:
         key, expected, value = none_fits.groups()
-        types = re.findall(r"<class '(\w+)'>", expected) or [expected]
+        words = re.findall(r"<class '(\w+)'>|Literal\['(\w+)'\]", expected)
+        types = ["".join(word) for word in words] or [expected]
         return f"--{key}={value}: expected {' or '.join(types).replace('NoneType', 'null')}"
     return message
 

@@ -299,8 +299,8 @@ class TrainConfig:
 
     batch_size: int = 64
     """Samples of one step over all processes: the global batch"""
-    micro_batch_size: int | None = None
-    """Samples of one forward/backward on one process; default: batch_size / processes (accumulation 1)"""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Samples of one forward/backward on one process; auto: the most that fit; default: batch_size / processes"""
     epochs: int = 10
     """Passes over the training set"""
     max_steps: int | None = None
@@ -321,7 +321,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"--train.{name}={getattr(self, name)} must be at least 1")
         for name in ("micro_batch_size", "max_steps", "early_stop_epochs"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"--train.{name}={value} must be at least 1")
+            _require(value in (None, "auto") or value >= 1, f"--train.{name}={value} must be at least 1")
         _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
         _require(
             self.loss == "cross_entropy" or self.label_smoothing == 0,
@@ -330,7 +330,7 @@ class TrainConfig:
         if self.ema_decay is not None:
             _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
         micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
+        if isinstance(micro, int) and self.batch_size % micro:
             below = self.batch_size - self.batch_size % micro
             nearest = [str(size) for size in (below, below + micro) if size > 0]
             raise ValueError(
@@ -429,6 +429,10 @@ class Config:
         _require(
             self.train.batch_size % self.data.repeats == 0,
             f"--train.batch_size={self.train.batch_size} is not a multiple of --data.repeats={self.data.repeats}",
+        )
+        _require(
+            not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),
+            "--train.micro_batch_size=auto cannot be tried with --runtime.sync_batchnorm=true: set a number",
         )
 
 

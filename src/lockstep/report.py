@@ -20,11 +20,11 @@ from lockstep.tracking import Tracker, build_tracker, describe_environment, read
 _GALLERY = 25
 
 
-def open_tracker(run: Run, launch: Launch, accumulation: int, progress: Progress, calendar: Calendar) -> Tracker:
+def open_tracker(run: Run, launch: Launch, sampler: Sampler, progress: Progress, calendar: Calendar) -> Tracker:
     """Make the run folder and open its logs where training goes on."""
     if launch.is_main:
-        run.create()
-    environment = describe_environment() | launch.as_dict(accumulation)
+        run.create(sampler.micro_batch_size)
+    environment = describe_environment() | launch.as_dict(sampler.microbatches_per_step // launch.num_processes)
     tracker = build_tracker(run.config, run.path, launch.is_main, progress.step, environment)
     if progress.restarts:
         tracker.say(f"continuing {run.path} after step {progress.step}")

@@ -34,6 +34,11 @@ class Run:
         return (self.checkpoints / "last").exists()
 
     @property
+    def micro_batch_size(self) -> int | None:
+        """The one that an earlier start had: another would change batch statistics, and with them the training."""
+        return self.summary.get("micro_batch_size")
+
+    @property
     def is_finished(self) -> bool:
         return self.summary.get("state") == "finished"
 
@@ -49,11 +54,11 @@ class Run:
             "folder, or choose another --run.name or --run.seed"
         )
 
-    def create(self) -> None:
+    def create(self, micro_batch_size: int) -> None:
         """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(config_to_yaml(self.config))
-        self.write_summary(state="running")
+        self.write_summary(state="running", micro_batch_size=micro_batch_size)
 
     @contextmanager
     def failure_noted(self, launch: Launch) -> Iterator[None]:

@@ -83,8 +83,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         ],
     )
     _require_world_size(accelerator)
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    cores = max(1, len(os.sched_getaffinity(0)) // local_processes())
     torch.set_num_threads(config.threads or cores)
     if config.dtype == "float32" and not on_cpu:
         torch.set_float32_matmul_precision("high")
@@ -97,6 +96,11 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         precision,
         cores,
     )
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, among which its cores and its memory are divided."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
@@ -180,13 +184,18 @@ class Profiler:
             self._profile.step()
 
 
-def resolve_micro_batch_size(config: TrainConfig, num_processes: int) -> int:
-    """The samples of one forward/backward; raises ValueError with a launch that fits where the numbers do not."""
+def resolve_micro_batch_size(config: TrainConfig, num_processes: int, kept: int | None = None) -> int:
+    """The samples of one forward/backward; for auto, the most that it may be.
+
+    Where the setting leaves it open, `kept`, that of an earlier start of the run, counts. Raises ValueError with a
+    launch that fits where the numbers do not.
+    """
     batch_size = config.batch_size
-    micro = config.micro_batch_size or batch_size // num_processes
+    given = config.micro_batch_size if isinstance(config.micro_batch_size, int) else kept
+    micro = given or batch_size // num_processes
     if micro and batch_size % (micro * num_processes) == 0:
         return micro
-    microbatches = batch_size // micro if config.micro_batch_size else batch_size
+    microbatches = batch_size // micro if given else batch_size
     fitting = [str(n) for n in range(1, microbatches + 1) if microbatches % n == 0]
     nearest = sorted(fitting, key=lambda n: abs(int(n) - num_processes))[:2]
     step = (micro or 1) * num_processes
