@@ -68,7 +68,7 @@ def main() -> None:
     for _ in range(EPOCHS):
         for images, labels in loader:
             with accelerator.accumulate(model):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -20,6 +20,11 @@ def errors(printed: str) -> list[str]:
     return re.findall(r"^error: .*$", printed, flags=re.MULTILINE)
 
 
+def last_words(printed: str) -> str:
+    """The last line of torchrun's report, above the rule that closes it."""
+    return printed.rstrip().splitlines()[-2]
+
+
 def test_launcher_that_starts_one_process_instead_of_two_is_refused(tmp_path: Path) -> None:
     code, printed = run_launcher("--cpu", "--num_processes", "2", cwd=tmp_path)
     assert code != 0 and not (tmp_path / "runs").exists()
@@ -69,6 +74,7 @@ def test_numbers_that_do_not_fit_the_launch_end_all_ranks_with_one_message(tmp_p
         "batch_size=64" in error and "64 (micro_batch_size) x 3 (processes)" in error and "launch 1 processes" in error
     )
     assert not (tmp_path / "runs").exists()
+    assert last_words(done.stderr).endswith(error)
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path: Path) -> None:
@@ -90,6 +96,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path: Path) -> N
     assert done.returncode != 0 and time.monotonic() - begun < 60
     (error,) = errors(done.stdout + done.stderr)
     assert "only_rank_1_looks_here" in error
+    assert last_words(done.stderr).endswith(error)
 
 
 def test_evaluation_of_1_2_and_3_processes_is_identical(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,8 +44,16 @@ def suggest(unknown: str, names: Sequence[str] | set[str]) -> str:
 def usage_error(message: str) -> NoReturn:
     """Print one line on the first process of this machine and end with exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        _say_error(message)
     raise SystemExit(2)
+
+
+def _say_error(message: str) -> None:
+    """Print the line, and leave it to torchrun, whose own report of the failure comes last and ends with it."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(place).write_text(json.dumps({"message": f"error: {message}", "timestamp": int(time.time())}))
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
             time.sleep(_FIRST_PROCESS_SPEAKS_SECONDS)
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        _say_error(str(mistake))
         raise SystemExit(1) from None
 
 
