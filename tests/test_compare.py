@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lockstep.cli import config_to_yaml
 from lockstep.compare import main, relative_differences
+from lockstep.config import Config, LogConfig, OptimConfig
 
 
 def write_run(folder: Path, change: float = 0.0, name: str = "layer.weight") -> str:
@@ -52,3 +54,15 @@ def test_averages_are_compared_too(tmp_path: Path) -> None:
     for run, value in ((a, 1.0), (b, 2.0)):
         save_file({"w": torch.tensor([value])}, Path(run) / "checkpoints/last/ema.safetensors")
     assert main(["--weights", a, b]) == 1
+
+
+def test_other_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    for run, lr in ((a, 0.1), (b, 0.2)):
+        config = Config(optim=OptimConfig(lr=lr), log=LogConfig(project=run))
+        (Path(run) / "config.yaml").write_text(config_to_yaml(config))
+    assert main(["--weights", a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == ["note: other settings: optim.lr: 0.1 -> 0.2"]
+    assert main(["--weights", a, a]) == 0
+    assert "note" not in capsys.readouterr().out

@@ -108,6 +108,15 @@ def configured(**settings: Any) -> Config:
             ["--runtime.dtype=float64", "--runtime.precision=bf16"],
         ),
         ({"checkpoint__every_steps": 0}, ["--checkpoint.every_steps=0"]),
+        ({"checkpoint__keep_every_steps": 0}, ["--checkpoint.keep_every_steps=0"]),
+        ({"train__max_bad_steps": 0}, ["--train.max_bad_steps=0"]),
+        ({"run__max_hours": 0.0}, ["--run.max_hours=0.0"]),
+        ({"data__num_classes": 1}, ["--data.num_classes=1"]),
+        ({"schedule__min_lr": 0.2, "optim__lr": 0.1}, ["--schedule.min_lr=0.2", "--optim.lr=0.1"]),
+        (
+            {"train__micro_batch_size": "auto", "runtime__sync_batchnorm": True},
+            ["--train.micro_batch_size=auto", "--runtime.sync_batchnorm"],
+        ),
         ({"checkpoint__every_epochs": 0}, ["--checkpoint.every_epochs=0"]),
         ({"checkpoint__keep_last": 0}, ["--checkpoint.keep_last=0"]),
         ({"log__every_steps": 0}, ["--log.every_steps=0"]),
@@ -167,7 +176,7 @@ CHANGES = {
     "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
     "train.ema_decay": 0.9, "checkpoint.keep_every_steps": 5,
     "train.label_smoothing": 0.1, "train.early_stop_epochs": 2, "runtime.threads": 3, "checkpoint.every_steps": 5,
-    "log.histogram_every_steps": 5,
+    "log.histogram_every_steps": 5, "schedule.min_lr": 1e-5,
 }  # fmt: skip
 # A setting that is valid only beside another is changed from a Config that already has the other.
 COMPANIONS = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lockstep.checkpoint import load_weights
-from lockstep.cli import one_line_errors
+from lockstep.cli import load_config, one_line_errors
+from lockstep.config import changed_settings
 
 
 def relative_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-12, help="largest accepted difference; default: 1e-12")
     parser.add_argument("--per_tensor", action="store_true", help="one line per tensor")
     options = parser.parse_args(arguments)
+    one, other = options.weights
+    if (one / "config.yaml").is_file() and (other / "config.yaml").is_file():
+        for change in changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml")):
+            print(f"note: other settings: {change}")
     a, b = (_all_weights(run, options.checkpoint) for run in options.weights)
     differences = relative_differences(a, b)
     if options.per_tensor:

@@ -43,6 +43,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"--run.seed={self.seed} must not be negative")
+        _require(self.max_hours is None or self.max_hours > 0, f"--run.max_hours={self.max_hours} must be positive")
         if self.name is not None:
             unusual = self.name in ("", ".", "..") or "/" in self.name
             _require(not unusual, f"--run.name={self.name!r} must be one folder name; set --run.root for the place")
@@ -78,6 +79,8 @@ class DataConfig:
         _require(self.workers >= -1, f"--data.workers={self.workers} must be -1 (choose for me), 0 or more")
         _require(self.memory_budget >= 0, f"--data.memory_budget={self.memory_budget} must not be negative")
         _require(self.repeats >= 1, f"--data.repeats={self.repeats} must be at least 1")
+        classes = self.num_classes
+        _require(classes is None or classes >= 2, f"--data.num_classes={classes} must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -431,6 +434,10 @@ class Config:
             f"--train.batch_size={self.train.batch_size} is not a multiple of --data.repeats={self.data.repeats}",
         )
         _require(
+            self.schedule.min_lr <= self.optim.lr,
+            f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}",
+        )
+        _require(
             not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),
             "--train.micro_batch_size=auto cannot be tried with --runtime.sync_batchnorm=true: set a number",
         )
@@ -456,6 +463,12 @@ def shaping_settings(config: Config) -> dict[str, Any]:
         for key, value in values.items()
         if key not in _SHAPELESS.get(section, ())
     }
+
+
+def changed_settings(before: Config, now: Config) -> list[str]:
+    """`section.key: old -> new` for each difference among the settings that shape the result."""
+    old, new = shaping_settings(before), shaping_settings(now)
+    return [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
 
 
 def settings_digest(config: Config) -> str:

@@ -329,7 +329,8 @@ def check_disk(parts: Parts) -> Finding | None:
     # The newest ones, the best one, and the one being written; those there already will make room for new ones.
     count = max(1, config.checkpoint.keep_last + 2 - len(saved_steps(checkpoints)))
     each = _checkpoint_bytes(parts.model, parts.optimizer, parts.average)
-    text = f"{count} checkpoints of {_size(each)} need {_size(count * each)}; {place} has {_size(free)} free"
+    folders = f"{count} checkpoint{'s' * (count > 1)} of {_size(each)}"
+    text = f"{folders} need {_size(count * each)}; {place} has {_size(free)} free"
     if count * each > free:
         return Finding("failed", f"{text}: make room, set another --run.root, or lower --checkpoint.keep_last")
     return Finding("ok", text)

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from lockstep.cli import config_to_yaml, load_config
-from lockstep.config import Config, shaping_settings
+from lockstep.config import Config, changed_settings
 from lockstep.runtime import Launch
 from lockstep.tracking import write_json
 
@@ -108,9 +108,7 @@ def _look(config: Config) -> Run:
 
 
 def _require_same_settings(path: Path, config: Config) -> None:
-    before, now = shaping_settings(load_config(path / "config.yaml")), shaping_settings(config)
-    changes = [f"{key}: {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
-    if changes:
+    if changes := changed_settings(load_config(path / "config.yaml"), config):
         raise ValueError(
             f"{path} holds a run with other settings ({'; '.join(changes)}): choose another --run.name, "
             "leave --run.name out to get one, or remove the folder"
