@@ -151,7 +151,7 @@ class Training:
             return "start-up"
         if set(_strays(self.run)) - self._strays:
             return "save"
-        last = _last_line(self.run)
+        last = last_line(self.run)
         if last.get("split") == "test":
             return "end"
         waits = last.get("split") == "train" and last["step"] % STEPS_PER_EPOCH == 0
@@ -245,7 +245,7 @@ def _starts(run: Path) -> int:
     return len(json.loads(path.read_bytes())) if path.exists() else 0
 
 
-def _last_line(run: Path) -> dict[str, Any]:
+def last_line(run: Path) -> dict[str, Any]:
     """The last whole record of a file that may be growing."""
     path = run / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -298,15 +298,18 @@ def run_until_finished(form: Form, place: Path, server: ForkServer, plan: Plan |
     while True:
         training = Training(form, place, server)
         done.starts += 1
-        if plan is not None and len(done.kills) < plan.kills:
-            kill = strike(training, plan, plan.victims[len(done.kills) % len(plan.victims)])
-            if kill is not None:
-                done.kills.append(kill)
-                continue
-        code = training.finish()
-        assert code == 0, f"exit code {code}: {training.output()}"
-        done.seconds = training.seconds
-        return done
+        try:
+            if plan is not None and len(done.kills) < plan.kills:
+                kill = strike(training, plan, plan.victims[len(done.kills) % len(plan.victims)])
+                if kill is not None:
+                    done.kills.append(kill)
+                    continue
+            code = training.finish()
+            assert code == 0, f"exit code {code}: {training.output()}"
+            done.seconds = training.seconds
+            return done
+        finally:
+            training.kill()
 
 
 # ---- comparing
