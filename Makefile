@@ -1,14 +1,15 @@
 # make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
+# make soak: kill a training a hundred times and compare it with one that was left alone (20 minutes).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train test check format clean
+.PHONY: help train test soak check format clean
 
 help:
-	@sed -n 1p Makefile
+	@sed -n 1,2p Makefile
 
 # uv inside the environment installs everything in a fraction of pip's time.
 $(VENV)/bin/uv:
@@ -35,6 +36,9 @@ train: $(READY)
 
 test: $(DEV_READY)
 	$(BIN)/python -m pytest
+
+soak: $(DEV_READY)
+	$(BIN)/python tests/soak.py --kills 100
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

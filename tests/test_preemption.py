@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import QUICK, ROOT, finish, launch, launch_command, read_lines, start
+from conftest import QUICK, ROOT, finish, free_port, launch, launch_command, read_lines, start
 
-from lockstep.checkpoint import load_weights
+from lockstep.checkpoint import load_weights, saved_steps
 from lockstep.compare import relative_differences
 from lockstep.config import RunConfig
 from lockstep.preemption import REQUEUE_CODE, Preemption
@@ -102,7 +103,7 @@ def assert_gone(processes: list[psutil.Process], seconds: float = 30) -> None:
 
 
 @pytest.mark.launch
-def test_one_rank_is_asked_and_all_stop_then_one_process_goes_on(tmp_path: Path) -> None:
+def test_one_rank_is_asked_and_all_stop_then_one_process_or_four_go_on(tmp_path: Path) -> None:
     settings = (*LONG, f"--data.cache_dir={tmp_path / 'cache'}")
     whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -119,17 +120,19 @@ def test_one_rank_is_asked_and_all_stop_then_one_process_goes_on(tmp_path: Path)
     assert summary["state"] == "preempted" and 30 <= summary["steps"] < 300
     assert (run / "preempted").exists() and "the same command continues" in done.stdout + done.stderr
 
-    resumed = launch(*settings, "--run.name=moved", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert not (run / "preempted").exists()
-    weights = [
-        load_weights(tmp_path / "runs" / name / "checkpoints/last/model.safetensors") for name in ("whole", "moved")
-    ]
-    assert max(relative_differences(*weights).values()) <= 1e-12
-    steps = [
-        [(line["step"], line["split"]) for line in read_lines(tmp_path / "runs" / name)] for name in ("whole", "moved")
-    ]
-    assert steps[0] == steps[1]
+    shutil.copytree(tmp_path / "runs", tmp_path / "copies", symlinks=True)
+    for root, processes in (("runs", 1), ("copies", 4)):
+        place = (f"--run.root={root}", "--run.name=moved")
+        resumed = launch(*settings, *place, cwd=tmp_path, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+        run = tmp_path / root / "moved"
+        assert [entry["processes"] for entry in json.loads((run / "environment.json").read_text())] == [2, processes]
+        assert not (run / "preempted").exists()
+        both = (tmp_path / "runs" / "whole", run)
+        weights = [load_weights(place / "checkpoints/last/model.safetensors") for place in both]
+        assert max(relative_differences(*weights).values()) <= 1e-12
+        steps = [[(line["step"], line["split"]) for line in read_lines(place)] for place in both]
+        assert steps[0] == steps[1]
 
 
 @pytest.mark.launch
@@ -158,3 +161,66 @@ def test_launcher_that_dies_leaves_a_saved_run_and_no_orphan(number: signal.Sign
     finish(process, 60)
     assert_gone(ranks)
     assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
+
+
+def torchrun(processes: int) -> list[str]:
+    options = ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
+
+
+IGNORING_USR2 = ["bash", "-c", "trap '' USR2; exec \"$@\"", "bash"]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("command", "number", "to_launcher", "to_ranks"),
+    [
+        pytest.param([sys.executable, str(ROOT / "train.py")], signal.SIGUSR2, True, False, id="python-USR2"),
+        pytest.param([*IGNORING_USR2, *launch_command(1, "train.py")], signal.SIGUSR2, True, True, id="trap-1-USR2"),
+        pytest.param([*IGNORING_USR2, *launch_command(2, "train.py")], signal.SIGUSR2, True, True, id="trap-2-USR2"),
+        pytest.param(launch_command(1, "train.py"), signal.SIGUSR2, False, True, id="launch-1-USR2-to-rank"),
+        pytest.param(launch_command(2, "train.py"), signal.SIGUSR2, True, False, id="launch-2-USR2-to-launcher"),
+        pytest.param(launch_command(2, "train.py"), signal.SIGTERM, True, False, id="launch-2-TERM-to-launcher"),
+        pytest.param(torchrun(2), signal.SIGTERM, True, False, id="torchrun-2-TERM-to-launcher"),
+        pytest.param(torchrun(2), signal.SIGUSR2, False, True, id="torchrun-2-USR2-to-ranks"),
+    ],
+)
+def test_every_launch_form_saves_and_ends(
+    command: list[str], number: signal.Signals, to_launcher: bool, to_ranks: bool, tmp_path: Path
+) -> None:
+    process = start([*command, *LONG, "--run.name=x", f"--data.cache_dir={tmp_path}"], tmp_path)
+    run = tmp_path / "runs" / "x"
+    wait_for_step(run, 10, process)
+    ranks = ranks_of(process)
+    plain = command[1] == str(ROOT / "train.py")
+    assert len(ranks) == (0 if plain else json.loads((run / "environment.json").read_text())[-1]["processes"])
+    for rank in ranks if to_ranks else ():
+        rank.send_signal(number)
+    if to_launcher:
+        process.send_signal(number)
+    done = finish(process, 60)
+    assert done.returncode == REQUEUE_CODE if plain else done.returncode != 0
+    assert_gone(ranks)
+    summary, marker = (json.loads((run / name).read_text()) for name in ("summary.json", "preempted"))
+    assert summary["state"] == "preempted" and 10 <= summary["steps"] == marker["step"] < 300
+    assert saved_steps(run / "checkpoints")[-1] == marker["step"]
+    assert done.stdout.count("the same command continues") == 1 and "Traceback" not in done.stdout
+
+
+@pytest.mark.launch
+def test_signal_to_every_process_of_the_job_spares_wandb(tmp_path: Path) -> None:
+    """Its own process holds the newest records in memory, and is told of the end by the training."""
+    home = {name: str(tmp_path / "wandb") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    settings = (*LONG, "--log.wandb=offline", "--run.name=x", f"--data.cache_dir={tmp_path / 'cache'}")
+    process = start([sys.executable, str(ROOT / "train.py"), *settings], tmp_path, **home)
+    run = tmp_path / "runs" / "x"
+    wait_for_step(run, 10, process)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert any("wandb" in child.name() for child in everyone), "a test that does not see W&B's process proves nothing"
+    os.killpg(process.pid, signal.SIGUSR2)
+    done = finish(process, 60)
+    assert done.returncode == REQUEUE_CODE and "W&B stopped" not in done.stdout, done.stdout
+    assert_gone(everyone)
+    (copy,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"preempted" in copy.read_bytes()
+    assert copy.read_bytes().count(b"train/accuracy") >= len(read_lines(run))

@@ -16,7 +16,14 @@ from torch import nn
 
 from lockstep import tracking
 from lockstep.config import Config, LogConfig, RunConfig
-from lockstep.tracking import build_tracker, describe_environment, read_history, truncate_history, write_json
+from lockstep.tracking import (
+    build_tracker,
+    describe_environment,
+    read_history,
+    replace_file,
+    truncate_history,
+    write_json,
+)
 
 QUIET = LogConfig(wandb="disabled", tensorboard=False)
 
@@ -120,6 +127,27 @@ def test_write_json_is_atomic(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_json(blocked, {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["blocked.json", "deep"]
+
+
+def test_a_kill_while_writing_leaves_a_whole_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    forever = f"while True: replace_file(Path({str(path)!r}), b'x' * 100_000)"
+    program = f"from pathlib import Path\nfrom lockstep.tracking import replace_file\n{forever}"
+    interrupted = 0
+    for moment in range(12):
+        path.unlink(missing_ok=True)
+        writer = subprocess.Popen([sys.executable, "-c", program])
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.003 * moment)
+        writer.kill()
+        writer.wait()
+        assert path.read_bytes() == b"x" * 100_000
+        interrupted += len(list(tmp_path.iterdir())) > 1
+        replace_file(path, b"after")
+        assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"] and path.read_bytes() == b"after"
+    assert interrupted, "no kill came while writing: the test shows nothing"
 
 
 def test_environment_has_an_entry_per_start(tmp_path: Path) -> None:

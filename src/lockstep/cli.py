@@ -6,6 +6,7 @@ W&B's spelling of None, and the default recipe.
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import re
@@ -28,6 +29,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_RECIPE = RECIPES / "digits_cnn.yaml"
 
 _FIRST_PROCESS_SPEAKS_SECONDS = 10
+_EXIT_SECONDS = 20
+"""What a process whose machine or peers let it down may take for its clean-up"""
 _SETTINGS = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
 _SECTIONS = set(asdict(Config()))
 
@@ -44,24 +47,26 @@ def suggest(unknown: str, names: Sequence[str] | set[str]) -> str:
 def usage_error(message: str) -> NoReturn:
     """Print one line on the first process of this machine and end with exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        _say_error(message)
+        _last_words(f"error: {message}")
     raise SystemExit(2)
 
 
-def _say_error(message: str) -> None:
+def _last_words(line: str) -> None:
     """Print the line, and leave it to torchrun, whose own report of the failure comes last and ends with it."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
-            Path(place).write_text(json.dumps({"message": f"error: {message}", "timestamp": int(time.time())}))
+            Path(place).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with exit code 1 and one line for a mistake of the user: a ValueError that lockstep raised.
+    """End the program with exit code 1 and one line for a mistake of the user, and for what happens to a machine.
 
-    Any other exception, also a ValueError from inside a library, keeps its traceback. Processes that fail alike should
-    say so once: all but the first of a machine give that one time to speak, and the launcher then ends them.
+    That is a ValueError that lockstep raised, a disk that is full or cannot be written, a killed data worker, a process
+    of the run that is gone. Any other exception, also a ValueError from inside a library, keeps its traceback.
+    Processes that fail alike should say so once: all but the first of a machine give that one time to speak, and the
+    launcher then ends them.
     """
     try:
         yield
@@ -72,8 +77,35 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
             time.sleep(_FIRST_PROCESS_SPEAKS_SECONDS)
-        _say_error(str(mistake))
+        _last_words(f"error: {mistake}")
         raise SystemExit(1) from None
+    except (OSError, RuntimeError) as blow:
+        line = _describe_blow(blow)
+        if line is None:
+            raise
+        _last_words(line)
+        # Seen: a process that hangs in the clean-up of its interpreter, after its peers had been killed.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_EXIT_SECONDS)
+        raise SystemExit(1) from None
+
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def _describe_blow(blow: OSError | RuntimeError) -> str | None:
+    """One line for what the program cannot help; None for an error of its own."""
+    if isinstance(blow, OSError):
+        place = f" ({blow.filename})" if blow.filename else ""
+        return f"error: {blow.strerror}{place}" if blow.errno in _DISK_TROUBLE else None
+    text = str(blow)
+    if text.startswith("DataLoader worker"):  # torch raises it wherever the program is when a worker dies
+        cause = text.split(". ")[0]
+        return f"error: {cause}; if memory is short, lower --data.workers. The same command continues"
+    if "gloo" in text and any(sign in text for sign in _PEER_GONE):
+        return "ended: another process of this run is gone; it, or the launcher, says why. The same command continues"
+    return None
 
 
 class _Parser(ArgumentParser):

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from lockstep.cli import config_to_yaml, load_config
 from lockstep.config import Config, changed_settings
 from lockstep.runtime import Launch
-from lockstep.tracking import write_json
+from lockstep.tracking import replace_file, write_json
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Run:
 
     def create(self, micro_batch_size: int) -> None:
         """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(config_to_yaml(self.config))
+        replace_file(self.path / "config.yaml", config_to_yaml(self.config).encode())
         self.write_summary(state="running", micro_batch_size=micro_batch_size)
 
     @contextmanager

@@ -15,11 +15,12 @@ import math
 import os
 import platform
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -47,11 +48,11 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file such that a reader, or a crash, sees the old file or the whole new one.
+    """Write a JSON file by `replace_file`.
 
     NaN and infinities become the strings "NaN", "Infinity" and "-Infinity". Raises OSError when the disk is full.
     """
-    _replace(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+    replace_file(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -77,12 +78,13 @@ def truncate_history(run_dir: Path, step: int) -> None:
         if record is not None and 0 < step and record.get("step", 0) <= step and record.get("split") != "test":
             kept.append(line + b"\n")
     if (new := b"".join(kept)) != old:
-        _replace(path, new)
+        replace_file(path, new)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file such that a reader, or a crash, sees the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.tmp")  # the same after a kill: the next writer takes it over
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -255,6 +257,22 @@ def _abandon_wandb() -> None:
         wandb.teardown()
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started within it never get the signals by which a scheduler stops every process of a job.
+
+    They would die of them at once, with what they still hold in memory; this process tells them when it ends.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
     """The W&B run of this run folder, or None where W&B is switched off; offline where online is not possible."""
     import wandb
@@ -301,7 +319,7 @@ def _wandb_id(run_dir: Path, given: str | None) -> str:
     if path.exists() and (stored := path.read_text().strip()):
         return stored
     fresh = given or secrets.token_hex(4)
-    _replace(path, fresh.encode())
+    replace_file(path, fresh.encode())
     return fresh
 
 
@@ -491,8 +509,11 @@ def _open_sinks(
         say(f"warning: TensorBoard is off ({_first_line(error)})")
     try:
         # "disabled" must not even import wandb
-        if config.log.wandb != "disabled" and (run := _start_wandb(config, run_dir, environment, say)):
-            sinks.append(_Wandb(run))
+        if config.log.wandb != "disabled":
+            with _signals_held():  # W&B's own process would not wait for the end of the step
+                run = _start_wandb(config, run_dir, environment, say)
+            if run:
+                sinks.append(_Wandb(run))
     except Exception as error:
         say(f"warning: W&B is off ({_first_line(error)})")
     return sinks

@@ -1,0 +1,239 @@
+"""What accidents do to a whole program: one clear line, at most the steps since the checkpoint before are lost."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import environment
+from fork_server import ForkServer
+from soak import FORMS, Form, Training, differences, last_line, run_until_finished, send
+
+from lockstep.checkpoint import folder_of, saved_steps
+
+pytestmark = pytest.mark.launch
+GONE_SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer(environment(OMP_NUM_THREADS="1")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Callable[[str], Path]:
+    """Uninterrupted runs, each made once."""
+    runs: dict[str, Path] = {}
+
+    def reference(form: str) -> Path:
+        if form not in runs:
+            runs[form] = run_until_finished(FORMS[form], tmp_path_factory.mktemp("reference"), server).run
+        return runs[form]
+
+    return reference
+
+
+def start_until(step: int, form: Form, place: Path, server: ForkServer) -> Training:
+    """A training that has logged this step."""
+    training = Training(form, place, server)
+    while last_line(training.run).get("step", 0) < step:
+        assert training.is_running, training.output()
+        time.sleep(0.001)
+    return training
+
+
+def lines_of(training: Training, sign: str) -> list[str]:
+    return [line for line in training.output().splitlines() if re.search(sign, line)]
+
+
+# ---- files
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def altered(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def half_copied(folder: Path) -> None:
+    """As a copy that was broken off: some files, no manifest."""
+    for name in ("manifest.json", "optimizer.pt", "progress.json"):
+        (folder / name).unlink()
+
+
+# What is done to the run folder and its newest checkpoint, and the line that a restart says about it.
+TO_THE_NEWEST: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda newest: cut_short(newest / "model.safetensors"), "model.safetensors has .* bytes instead of"),
+    "altered": (lambda newest: altered(newest / "optimizer.pt"), "optimizer.pt was altered"),
+    "missing": (lambda newest: (newest / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+    "half copied": (half_copied, "manifest.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", TO_THE_NEWEST)
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    damage: str, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(9, FORMS["alone"], tmp_path, server)
+    begun.kill()
+    before, newest = saved_steps(begun.run / "checkpoints")[-2:]
+    spoil, message = TO_THE_NEWEST[damage]
+    spoil(folder_of(begun.run / "checkpoints", newest))
+    resumed = Training(FORMS["alone"], tmp_path, server)
+    assert resumed.finish() == 0, resumed.output()
+    (line,) = lines_of(resumed, "is damaged")
+    assert re.search(f"step_{newest:08d} is damaged .*{message}.*: using the one before it", line)
+    assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {before}"]
+    assert differences(resumed.run, references("alone")) == []
+
+
+def half_written_folder(run: Path) -> None:
+    aside = run / "checkpoints" / ".tmp_step_00000099"
+    aside.mkdir()
+    (aside / "model.safetensors").write_bytes(b"half")
+    (run / "checkpoints" / ".tmp_last").symlink_to(aside)
+    (run / ".config.yaml.tmp").write_text("ru")
+
+
+def links_removed(run: Path) -> None:
+    for name in ("last", "best"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
+
+
+TO_THE_RUN: dict[str, Callable[[Path], object]] = {
+    "half-written folder": half_written_folder,
+    "links removed": links_removed,
+    "cache deleted": lambda run: shutil.rmtree(run.parents[1] / "cache"),
+    "cache truncated": lambda run: [cut_short(path) for path in (run.parents[1] / "cache").glob("*.npy")],
+    "history cut": lambda run: cut_short(run / "metrics.jsonl"),
+    "summary empty": lambda run: (run / "summary.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", TO_THE_RUN)
+def test_other_damage_costs_the_steps_since_the_newest_checkpoint(
+    damage: str, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(9, FORMS["alone"], tmp_path, server)
+    begun.kill()
+    newest = saved_steps(begun.run / "checkpoints")[-1]
+    TO_THE_RUN[damage](begun.run)
+    resumed = Training(FORMS["alone"], tmp_path, server)
+    assert resumed.finish() == 0, resumed.output()
+    assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
+    assert len(lines_of(resumed, "image cache .* is damaged")) == (2 if damage == "cache truncated" else 0)
+    assert differences(resumed.run, references("alone")) == []
+
+
+# ---- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB of tmpfs in the place of the runs."""
+    place = tmp_path / "runs"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_in_trouble_is_one_line_and_the_same_command_continues(
+    trouble: str, small_disk: Path, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(9, FORMS["alone"], tmp_path, server)
+    begun.kill()
+    newest = saved_steps(begun.run / "checkpoints")[-1]
+    if trouble == "full":
+        (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    stopped = Training(FORMS["alone"], tmp_path, server)
+    assert stopped.finish() == 1
+    (line,) = lines_of(stopped, "^error: ")
+    assert ("No space left" if trouble == "full" else "Read-only file system") in line and "runs/tiny" in line
+    assert "Traceback" not in stopped.output()
+    if trouble == "full":
+        (small_disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    resumed = Training(FORMS["alone"], tmp_path, server)
+    assert resumed.finish() == 0, resumed.output()
+    assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
+    assert differences(resumed.run, references("alone")) == []
+
+
+def test_a_disk_that_fills_during_training_loses_saves_until_the_log_cannot_be_written(
+    small_disk: Path, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(7, FORMS["alone"], tmp_path, server)
+    with (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(1024)) == 1024 and begun.is_running:
+            pass
+    assert begun.finish() == 1
+    assert len(lines_of(begun, "^error: ")) == 1 and "Traceback" not in begun.output()
+    newest = saved_steps(begun.run / "checkpoints")[-1]
+    (small_disk / "filler").unlink()
+    resumed = Training(FORMS["alone"], tmp_path, server)
+    assert resumed.finish() == 0, resumed.output()
+    assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
+    assert differences(resumed.run, references("alone")) == []
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize(("form", "message"), [("with worker", 0), ("pair with workers", 1)])
+def test_a_killed_data_worker_ends_all_ranks_with_one_line(
+    form: str, message: int, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(7, FORMS[form], tmp_path, server)
+    workers = [child for rank in begun.ranks for child in rank.children()]
+    assert workers, "a test that does not see workers proves nothing"
+    send(workers[-1], signal.SIGKILL)
+    struck = time.monotonic()
+    assert begun.finish() == 1 and time.monotonic() - struck < GONE_SECONDS, begun.output()
+    (line,) = lines_of(begun, "^error: ")
+    assert re.search(r"DataLoader worker \(pid.*killed by signal: Killed.*--data.workers", line)
+    assert len(lines_of(begun, "^ended: another process of this run is gone")) == message
+    assert "Traceback" not in begun.output()
+    assert goes_on_as_if_nothing_had_been(begun, form, server, references)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_with_one_line(
+    victim: int, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(7, FORMS["pair"], tmp_path, server)
+    send(begun.ranks[victim], signal.SIGKILL)
+    struck = time.monotonic()
+    begun.finish()
+    assert time.monotonic() - struck < GONE_SECONDS
+    assert len(lines_of(begun, "^ended: another process of this run is gone")) == 1, begun.output()
+    assert "Traceback" not in begun.output()
+    assert goes_on_as_if_nothing_had_been(begun, "pair", server, references)
+
+
+def goes_on_as_if_nothing_had_been(
+    begun: Training, form: str, server: ForkServer, references: Callable[[str], Path]
+) -> bool:
+    newest = saved_steps(begun.run / "checkpoints")[-1]
+    resumed = Training(FORMS[form], begun.place, server)
+    assert resumed.finish() == 0, resumed.output()
+    assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
+    return differences(resumed.run, references(form)) == []

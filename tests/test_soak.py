@@ -1,0 +1,52 @@
+"""A training killed by SIGKILL at five random moments, by the harness that does it a hundred times in `make soak`."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import environment
+from fork_server import ForkServer
+from soak import FORMS, PHASES, Plan, Training, differences, processes_in, run_until_finished
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer(environment(OMP_NUM_THREADS="1")) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("form", "kills", "victims"),
+    [("with worker", 3, ("all",)), ("launched pair", 2, ("launcher", "rank"))],
+)
+def test_killed_at_random_moments_is_as_never_killed(
+    form: str, kills: int, victims: tuple[str, ...], tmp_path: Path, server: ForkServer
+) -> None:
+    reference = run_until_finished(FORMS[form], tmp_path / "reference", server)
+    plan = Plan(kills, random.Random(3), reference.seconds, victims)
+    done = run_until_finished(FORMS[form], tmp_path / "killed", server, plan)
+    assert len(done.kills) == kills and done.starts == kills + 1, "a test that does not kill proves nothing"
+    assert all(kill.phase in PHASES for kill in done.kills)
+    assert differences(done.run, reference.run) == []
+    assert processes_in(tmp_path / "killed") == []
+
+
+def test_the_comparison_would_notice(tmp_path: Path, server: ForkServer) -> None:
+    """A line twice, a lost one, another value, a stray file, another seed."""
+    reference = run_until_finished(FORMS["alone"], tmp_path / "reference", server).run
+    run = run_until_finished(FORMS["alone"], tmp_path / "run", server).run
+    history = run / "metrics.jsonl"
+    lines = history.read_text().splitlines(keepends=True)
+    assert differences(run, reference) == []
+    for wrong in ([*lines[:3], *lines[2:]], lines[:-2], [*lines[:-1], lines[-1].replace('"loss": ', '"loss": 1')]):
+        history.write_text("".join(wrong))
+        assert len(differences(run, reference)) == 1
+    history.write_text("".join(lines))
+    (run / "checkpoints" / ".tmp_step_00000099").mkdir()
+    assert differences(run, reference) == ["stray checkpoints/.tmp_step_00000099"]
+    other = Training(FORMS["alone"], tmp_path / "other", server, "--run.seed=1")
+    assert other.finish() == 0
+    assert {"model of last", "ema of best", "optimizer of last"} <= set(differences(other.run, reference))
