@@ -1,11 +1,11 @@
-# make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
+# make train: set up and train on real handwritten digits.  make test: the whole test suite.  make slurm-test: all of SLURM.  make check: lint and types.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train test check format clean
+.PHONY: help train test slurm-test check format clean
 
 help:
 	@sed -n 1p Makefile
@@ -35,6 +35,10 @@ train: $(READY)
 
 test: $(DEV_READY)
 	$(BIN)/python -m pytest
+
+# As root, with munge, slurmctld, slurmd and slurm-client: about ten minutes on two cores.
+slurm-test: $(DEV_READY)
+	LOCKSTEP_SLOW=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ DEFAULT_RECIPE = RECIPES / "digits_cnn.yaml"
 _FIRST_PROCESS_SPEAKS_SECONDS = 10
 _SETTINGS = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
 _SECTIONS = set(asdict(Config()))
+_OTHER_FLAGS = {"config", "print_config", "print_run_dir", "help"}
 
 
 def suggest(unknown: str, names: Sequence[str] | set[str]) -> str:
@@ -79,7 +80,7 @@ def _one_line(message: str) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)
     if unknown:
         flag = unknown.group(1).split("=")[0].lstrip("-")
-        return f"unknown setting --{flag}.{suggest(flag, _SETTINGS | {'config', 'print_config', 'print_run_dir', 'help'})}"
+        return f"unknown setting --{flag}.{suggest(flag, _SETTINGS | _OTHER_FLAGS)}"
     wrong_type = re.search(r"Parser key \"([\w.]+)\": .*?Expected a (.+?)\. Got value: (.*)$", message)
     if wrong_type:
         key, expected, value = wrong_type.groups()

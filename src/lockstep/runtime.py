@@ -84,7 +84,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     )
     _require_world_size(accelerator)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    cores = max(1, _cores_of_job() // local_processes)
     torch.set_num_threads(config.threads or cores)
     if config.dtype == "float32" and not on_cpu:
         torch.set_float32_matmul_precision("high")
@@ -97,6 +97,12 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         precision,
         cores,
     )
+
+
+def _cores_of_job() -> int:
+    """Cores of this machine for all processes; SLURM's word counts where it does not bind a job to its cores."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
 
 
 def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:

@@ -123,8 +123,9 @@ class Cluster:
             os.mknod(self.folder / f"dev/gpu{gpu}", 0o20666, os.makedev(1, 3))
         gpus = f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/dev/gpu[0-{GPUS_PER_NODE - 1}]\n"
         (self.folder / "etc/gres.conf").write_text(gpus)
-        hosts = {"localhost": "127.0.0.1", "login": f"{_NETWORK}.1", "node1": f"{_NETWORK}.11", "node2": f"{_NETWORK}.12"}
-        (self.folder / "etc/hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
+        hosts = {"127.0.0.1": "localhost", f"{_NETWORK}.1": "login"}
+        hosts |= {f"{_NETWORK}.{11 + number}": node for number, node in enumerate(NODES)}
+        (self.folder / "etc/hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
         key = self.folder / "munge/key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
