@@ -32,7 +32,7 @@ set_up() {
     MASTER_ADDR=${MASTER_ADDR:-${nodes%%$'\n'*}}
     MASTER_PORT=${MASTER_PORT:-$(free_port $((20000 + SLURM_JOB_ID % 10000)))} # two jobs on a node have two numbers
     export -n MASTER_ADDR MASTER_PORT # one process alone must not believe that there are others to meet
-    restarts=${SLURM_RESTART_COUNT:-0}
+    restarts=${SLURM_RESTART_COUNT:-0} asked='' cancelled=''
     echo "job $SLURM_JOB_ID, restart $restarts: ${nodes//$'\n'/ } x $PROCESSES_PER_NODE processes" \
         "of $OMP_NUM_THREADS threads, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
@@ -65,7 +65,12 @@ launch() {
         --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@" &
     step_pid=$!
     while kill -0 "$step_pid" 2>/dev/null; do # a trapped signal ends `wait`, but not the step
-        wait "$step_pid"
+        if [ -z "$asked" ]; then
+            wait "$step_pid"
+        else # again and again: processes that are still starting ignore it
+            kill -USR2 "$step_pid"
+            sleep 1
+        fi
     done
     wait "$step_pid" # its exit code
 }
@@ -78,9 +83,8 @@ train() {
     # Launchers turn every exit code into 1, so the program says by this file that it has saved and waits.
     marker=$run_dir/preempted
     rm -f "$marker"
-    cancelled=
-    trap 'kill -USR2 "$step_pid"' USR1 USR2 # the time limit is near (#SBATCH --signal=B:USR2@...)
-    trap 'cancelled=yes' TERM               # scancel tells the batch shell and the step, preemption the step alone
+    trap 'asked=yes' USR1 USR2 # the time limit is near (#SBATCH --signal=B:USR2@...)
+    trap 'cancelled=yes' TERM  # scancel tells the batch shell and the step, preemption the step alone
     launch "$@"
     code=$?
     [ -e "$marker" ] || exit $code
@@ -90,8 +94,9 @@ train() {
         echo "saved in $run_dir, not started again: MAX_RESTARTS=$MAX_RESTARTS; the same sbatch command continues"
     else
         echo "saved in $run_dir; requeueing"
-        # Of an array, only this task. SLURM ends this shell before `sleep` does.
-        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" && sleep 60
+        # Of an array, only this task. SLURM soon ends what still runs here, and a script that ended first would count.
+        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" &&
+            exec sleep 60
         echo "SLURM did not requeue this job; the same sbatch command continues"
     fi
     exit 85

@@ -46,6 +46,7 @@ RECIPE = (
 STEPS_PER_EPOCH = 5
 LONG = "--train.epochs=40"  # time to be caught in the middle
 TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2")
+ONE_EACH = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
 SUBMISSION_SECONDS = 240
 
 
@@ -115,7 +116,8 @@ def site(cluster: Cluster, checkout: Path) -> Iterator[Site]:
     yield Site(cluster, checkout, environment(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
     cluster.run("scancel", "--user=root")
     for node in NODES:
-        eventually(lambda node=node: not cluster.processes(node), f"{node} without processes of jobs", 30)
+        eventually(lambda node=node: not cluster.processes(node), f"{node} without processes of jobs", 60)
+    eventually(lambda: cluster.states() == ["idle"] * 2, "both nodes idle", 60)
 
 
 @pytest.fixture(scope="session")
@@ -195,12 +197,11 @@ def test_cancelled_job_stays_cancelled(site: Site) -> None:
     run = site.run_at_step("cancelled", 10, job)
     site.cluster.run("scancel", job)
     (end,) = site.finish(job, 60)
-    # The batch shell ends its work after the job's state is known.
-    eventually(lambda: "stopped by the user and saved" in site.printed(job), "the last line", 30)
     assert (end.state, end.restarts) == ("CANCELLED", 0)
-    assert (run / "preempted").exists() and json.loads((run / "summary.json").read_text())["state"] == "preempted"
+    eventually((run / "preempted").exists, "the program's mark", 30)
+    assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
     time.sleep(3)
-    assert site.cluster.jobs(job)[0].state == "CANCELLED"
+    assert site.cluster.jobs(job)[0].state == "CANCELLED" and "requeueing" not in site.printed(job)
 
 
 @pytest.mark.parametrize("tasks", [1, pytest.param(5, marks=slow)])
@@ -300,13 +301,26 @@ def test_signal_saves_and_requeues(to: str, site: Site, reference: Path) -> None
     run = site.run_at_step(name, 20, job)
     site.cluster.run("scancel", *to.split(), job)
     site.completed(job, restarts=1)
-    assert "requeueing" in site.printed(job) and starts(run) == [4, 4]
+    assert "requeueing" in site.printed(job) and "did not requeue" not in site.printed(job)
+    assert starts(run) == [4, 4]
     assert_same_training(run, reference)
 
 
 @slow
+def test_signal_during_the_start_is_not_lost(site: Site, reference: Path) -> None:
+    """Nobody answers it before torch is there."""
+    job = site.submit("cpu", *RECIPE, LONG, "--run.name=early", options=("--cpus-per-task=2",))
+    eventually(lambda: "restart 0" in site.printed(job), "the start", 30)
+    time.sleep(1)
+    assert not (site.folder / "runs" / "early").exists(), "too late to prove anything"
+    site.cluster.run("scancel", "--batch", "--signal=USR2", job)
+    site.completed(job, restarts=1)
+    assert_same_training(site.folder / "runs" / "early", reference)
+
+
+@slow
 def test_usr1_to_all_processes_is_not_for_us(site: Site, reference: Path) -> None:
-    job = site.submit("multi_node", *RECIPE, LONG, "--run.name=usr1")
+    job = site.submit("multi_node", *RECIPE, LONG, "--run.name=usr1", options=ONE_EACH)
     site.run_at_step("usr1", 20, job)
     site.cluster.run("scancel", "--signal=USR1", job)
     site.completed(job, restarts=0)
@@ -319,7 +333,7 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     before = template.read_text()
     template.write_text(re.sub(r"MAX_RESTARTS=\d+", "MAX_RESTARTS=1", before))
     try:
-        job = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited")
+        job = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited", options=ONE_EACH)
     finally:
         template.write_text(before)
     site.run_at_step("limited", 10, job)
@@ -333,7 +347,7 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     assert (end.state, end.exit_code, end.restarts) == ("FAILED", 85, 1)
     assert "not started again: MAX_RESTARTS=1" in site.printed(job)
 
-    stopped = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited")
+    stopped = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited", options=ONE_EACH)
     step = json.loads((run / "summary.json").read_text())["steps"]
     site.run_at_step("limited", step + 10, stopped)
     (run / "stop").touch()
@@ -344,21 +358,19 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
 @slow
 def test_time_limit_saves_and_goes_on(site: Site) -> None:
     settings = (*RECIPE, "--run.name=limit", "--train.epochs=4000", "--train.max_steps=20000")
-    job = site.submit("multi_node", *settings, options=("--time=1", "--signal=B:USR2@20", *TWO_BY_TWO))
-    run = site.run_at_step("limit", 10, job)
-    site.cluster.wait_until(job, lambda jobs: jobs[0].restarts == 1 and jobs[0].state == "RUNNING", 120)
-    first = json.loads((run / "summary.json").read_text())
-    assert first["state"] == "preempted" and "SIGUSR2" in site.printed(job)
-    site.run_at_step("limit", first["steps"] + 10, job)
+    job = site.submit("multi_node", *settings, options=("--time=1", "--signal=B:USR2@20", *ONE_EACH))
+    site.cluster.wait_until(job, lambda jobs: jobs[0].restarts == 1 and jobs[0].state == "RUNNING", SUBMISSION_SECONDS)
+    (stopped,) = map(int, re.findall(r"stopped after step (\d+) \(signal SIGUSR2\), saved", site.printed(job)))
+    run = site.run_at_step("limit", stopped + 5, job)
     site.cluster.run("scancel", job)
-    (end,) = site.finish(job, 60)
+    site.finish(job, 60)
     steps = [line["step"] for line in read_lines(run) if line["split"] == "train"]
-    assert end.restarts == 1 and steps == sorted(set(steps))
+    assert len(steps) > 5 and steps == sorted(set(steps))
 
 
 @slow
 def test_lost_node_and_the_rest_goes_on_without_it(site: Site, reference: Path) -> None:
-    options = ("--nodes=1-2", *TWO_BY_TWO[1:])
+    options = ("--nodes=1-2", *ONE_EACH[1:])
     settings = (*RECIPE, LONG, "--run.name=lost", "--checkpoint.every_steps=10")
     job = site.submit("preemptible", *settings, options=options)
     run = site.run_at_step("lost", 30, job)
@@ -367,11 +379,9 @@ def test_lost_node_and_the_rest_goes_on_without_it(site: Site, reference: Path) 
         site.completed(job, restarts=1)
     finally:
         site.cluster.boot("node2")
-    assert starts(run) == [4, 2]  # as many nodes as were left
+    assert starts(run) == [2, 1]  # as many nodes as were left
     assert_same_training(run, reference)
-    eventually(lambda: "down" not in site.cluster.run("sinfo"), "node2 is back", 60)
-    again = site.submit("multi_node", *RECIPE, LONG, "--run.name=lost")
-    site.completed(again, restarts=0)
+    eventually(lambda: site.cluster.states() == ["idle"] * 2, "node2 is back", 60)
 
 
 # ---- what goes wrong
@@ -380,23 +390,22 @@ def test_lost_node_and_the_rest_goes_on_without_it(site: Site, reference: Path) 
 @slow
 def test_taken_port_is_left_for_the_next(site: Site) -> None:
     settings = (*RECIPE, "--train.epochs=1", "--run.name=port")
-    job = site.submit("multi_node", *settings, options=("--hold", *TWO_BY_TWO))
+    job = site.submit("multi_node", *settings, options=("--hold", *ONE_EACH))
     port = 20000 + int(job) % 10000
-    listen = f"import socket, time; s = socket.create_server(('', {port})); print('ready', flush=True); time.sleep(300)"
+    listen = f"import socket, sys; s = socket.create_server(('', {port})); print('ready', flush=True); sys.stdin.read()"
     listener = site.cluster.start_on("node1", sys.executable, "-c", listen)
     try:
         assert listener.stdout and listener.stdout.readline() == "ready\n"
         site.cluster.run("scontrol", "release", job)
         site.completed(job, restarts=0)
     finally:
-        listener.kill()
-        listener.wait(10)
+        listener.communicate(timeout=10)
     assert f"meeting at node1:{port + 1}" in site.printed(job)
 
 
 @slow
 def test_killed_rank_ends_the_job(site: Site) -> None:
-    job = site.submit("preemptible", *RECIPE, LONG, "--run.name=killed")
+    job = site.submit("preemptible", *RECIPE, LONG, "--run.name=killed", options=ONE_EACH)
     site.run_at_step("killed", 20, job)
     rank = site.cluster.start_on("node2", "pgrep", "--newest", "--full", "train.py.*run.name=killed").communicate()[0]
     assert site.cluster.start_on("node2", "kill", "-KILL", rank.strip()).wait(10) == 0
@@ -423,7 +432,7 @@ def test_wrong_number_of_tasks_is_refused(site: Site) -> None:
     ],
 )
 def test_mistake_ends_the_job_with_its_line(argument: str, code: int, message: str, site: Site) -> None:
-    job = site.submit("multi_node", *RECIPE, argument)
+    job = site.submit("multi_node", *RECIPE, argument, options=ONE_EACH)
     (end,) = site.finish(job, 90)
     assert (end.state, end.exit_code) == ("FAILED", code)
     assert message in site.printed(job)

@@ -108,7 +108,7 @@ class Cluster:
             self._start_login_host()
             for node in NODES:
                 self.boot(node)
-            eventually(lambda: self._states() == ["idle"] * len(NODES), "all nodes idle", 30)
+            eventually(lambda: self.states() == ["idle"] * len(NODES), "all nodes idle", 30)
         except (OSError, subprocess.SubprocessError, AssertionError) as problem:
             logs = "; ".join(path.read_text()[-300:] for path in sorted((self.folder / "log").glob("*")))
             self.stop()
@@ -165,7 +165,8 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    def _states(self) -> list[str]:
+    def states(self) -> list[str]:
+        """Of the nodes: idle, mixed, down* ..."""
         with contextlib.suppress(AssertionError):
             return self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
         return []
@@ -191,10 +192,10 @@ class Cluster:
         process.wait(10)
 
     def start_on(self, node: str, *command: str) -> subprocess.Popen[str]:
-        """Start a command on a node; the caller ends it."""
+        """Start a command on a node; a signal would not reach it, but it sees the end of its input."""
         children = Path(f"/proc/{self._processes[node].pid}/task/{self._processes[node].pid}/children").read_text()
         enter = ["nsenter", "--target", children.split()[0], *_NAMESPACES, "--pid", "--"]
-        return subprocess.Popen([*enter, *command], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*enter, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def submit(self, *arguments: str, cwd: Path, env: dict[str, str]) -> str:
         """sbatch with these arguments; returns the number of the job."""
