@@ -1,12 +1,12 @@
 # make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
-# make soak: kill a training a hundred times and compare it with one that was left alone (20 minutes).
+# make slurm-test: all of SLURM, as root (10 minutes).  make soak: a hundred kills, and nothing lost (20 minutes).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train test soak check format clean
+.PHONY: help train test slurm-test soak check format clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -39,6 +39,10 @@ test: $(DEV_READY)
 
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100
+
+# As root, with munge, slurmctld, slurmd and slurm-client: about ten minutes on two cores.
+slurm-test: $(DEV_READY)
+	LOCKSTEP_SLOW=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

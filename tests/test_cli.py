@@ -283,6 +283,15 @@ def test_parsing_needs_no_torch_and_uses_nothing_deprecated() -> None:
     assert (program.returncode, program.stdout, program.stderr) == (0, "", "")
 
 
+def test_print_run_dir_is_where_the_same_command_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    """Job scripts ask for it before they start the launcher."""
+    arguments = ["--run.root=elsewhere", "--optim.lr=0.1"]
+    with pytest.raises(SystemExit) as end:
+        parse_config([*arguments, "--print_run_dir"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"elsewhere/{parse_config(arguments).run.name}\n"
+
+
 def test_print_config_reads_back_as_an_equal_config(tmp_path: Path) -> None:
     arguments = ["--run.name=mine", "--augment.jitter=[0.2,0.3]", "--train.ema_decay=0.99", "--run.notes=a: b # c"]
     program, _ = run_program("train.py", *arguments, "--print_config")

@@ -133,6 +133,8 @@ os.environ["LOCAL_WORLD_SIZE"] = "2"
 print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
 os.environ["LOCAL_WORLD_SIZE"] = str(2 * owned)
 print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
+os.environ.update(LOCAL_WORLD_SIZE="1", SLURM_CPUS_PER_TASK="1")
+print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
 """
 
 
@@ -141,12 +143,13 @@ def test_threads_are_the_cores_that_a_process_owns() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    first, explicit, halved, crowded = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    first, explicit, halved, crowded, given = (list(map(int, line.split())) for line in done.stdout.splitlines())
     owned = len(os.sched_getaffinity(0))
     assert first == [owned] * 3
     assert explicit == [owned, 3]
     assert halved == [max(1, owned // 2)] * 2
     assert crowded == [1, 1]
+    assert given == [1, 1], "SLURM gave one core, and did not bind the process to it"
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ _EXIT_SECONDS = 20
 """What a process whose machine or peers let it down may take for its clean-up"""
 _SETTINGS = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
 _SECTIONS = set(asdict(Config()))
+_OTHER_FLAGS = {"config", "print_config", "print_run_dir", "help"}
 
 
 def suggest(unknown: str, names: Sequence[str] | set[str]) -> str:
@@ -119,7 +120,7 @@ def _one_line(message: str) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)
     if unknown:
         flag = unknown.group(1).split("=")[0].lstrip("-")
-        return f"unknown setting --{flag}.{suggest(flag, _SETTINGS | {'config', 'print_config', 'help'})}"
+        return f"unknown setting --{flag}.{suggest(flag, _SETTINGS | _OTHER_FLAGS)}"
     wrong_type = re.search(r"Parser key \"([\w.]+)\": .*?Expected a (.+?)\. Got value: (.*)$", message)
     if wrong_type:
         key, expected, value = wrong_type.groups()
@@ -171,6 +172,12 @@ def _parser() -> _Parser:
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file of settings; several may follow one another")
+    parser.add_argument(
+        "--print_run_dir",
+        action="store_true",
+        default=argparse.SUPPRESS,  # else it would be a setting of --print_config
+        help="Print the run folder of this command and end, without waiting for torch",
+    )
     for section, cls in _section_classes().items():
         parser.add_class_arguments(cls, section, as_group=True)
     return parser
@@ -215,9 +222,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     try:
         for recipe in recipes:
             _check_recipe(recipe)
-        return _with_name(_to_config(_parser().parse_args(given)), Path(recipes[-1]))
+        values = _parser().parse_args(given)
+        config = _with_name(_to_config(values), Path(recipes[-1]))
     except (ValueError, TypeError) as mistake:
         usage_error(_one_line(str(mistake)))
+    if "print_run_dir" in values:
+        print(Path(config.run.root) / str(config.run.name))
+        raise SystemExit(0)
+    return config
 
 
 def _known_recipes() -> list[Path]:

@@ -19,6 +19,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from lockstep.config import RuntimeConfig, TrainConfig
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         ],
     )
     _require_world_size(accelerator)
-    cores = max(1, len(os.sched_getaffinity(0)) // local_processes())
+    cores = max(1, _cores_of_job() // local_processes())
     torch.set_num_threads(config.threads or cores)
     if config.dtype == "float32" and not on_cpu:
         torch.set_float32_matmul_precision("high")
@@ -101,6 +102,17 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
 def local_processes() -> int:
     """Processes of this run on this machine, among which its cores and its memory are divided."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def _cores_of_job() -> int:
+    """Cores of this machine for all processes; the word of SLURM or of a container counts where neither binds them."""
+    cores = len(os.sched_getaffinity(0))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
