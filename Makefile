@@ -35,7 +35,7 @@ train: $(READY)
 	@$(LAUNCH) --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100

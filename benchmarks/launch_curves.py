@@ -2,8 +2,8 @@
 
     python benchmarks/launch_curves.py
 
-Each is started by `accelerate launch` on the CPU with 1, 2 and 4 processes and accumulation 4, 2 and 1, in fp32.
-Not yet run to its end: no figure comes from it.
+Each is started by `accelerate launch` on the CPU with 1, 2 and 4 processes and accumulation 4, 2 and 1, in fp32, with
+an optimizer that does not amplify rounding much (docs/sameness.md).
 """
 
 import json
@@ -16,8 +16,15 @@ from lockstep.figures import plot_launches
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
-    "--train.micro_batch_size=16",
-    "--train.epochs=12",
+    "--train.batch_size=256",
+    "--train.micro_batch_size=64",
+    "--train.epochs=30",
+    "--optim.name=sgd",
+    "--optim.lr=0.01",
+    "--optim.momentum=0.9",
+    "--optim.weight_decay=0",
+    "--schedule.name=constant",
+    "--checkpoint.every_epochs=10",
     "--log.every_steps=1",
     "--log.wandb=disabled",
     "--log.tensorboard=false",

@@ -1,9 +1,9 @@
 """What one would write with Accelerate alone: the usual loop on the digits, for comparison with train.py.
 
-    accelerate launch benchmarks/plain_accelerate.py --out losses.json --micro_batch_size 16
+    accelerate launch benchmarks/plain_accelerate.py --out losses.json --micro_batch_size 64
 
-Same data, network, optimizer, schedule, global batch and kinds of augmentation as `configs/digits_cnn.yaml`; order,
-dropout, augmentation and batch norm as the libraries do them.
+Same data, network, loss, kinds of augmentation and (see launch_curves.py) optimizer and global batch; order, dropout,
+augmentation and batch norm as the libraries do them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lockstep.config import DataConfig, ModelConfig
 from lockstep.data import draw_validation_split, open_source
 from lockstep.models import build_model
 
-BATCH_SIZE, EPOCHS, LR = 64, 12, 0.003
+BATCH_SIZE, EPOCHS = 256, 30
 
 
 class Digits(Dataset):
@@ -49,7 +49,7 @@ class Digits(Dataset):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
-    parser.add_argument("--micro_batch_size", type=int, default=16)
+    parser.add_argument("--micro_batch_size", type=int, default=64)
     options = parser.parse_args()
     on_cpu = not torch.accelerator.is_available()
     processes = Accelerator(cpu=on_cpu).num_processes
@@ -58,11 +58,8 @@ def main() -> None:
     set_seed(0)
     model = build_model(ModelConfig(dropout=0.1), (1, 8, 8), 10)
     loader = DataLoader(Digits(), batch_size=options.micro_batch_size, shuffle=True, drop_last=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = EPOCHS * (len(loader) // accumulation)
-    # Not given to prepare, which would step it once per process.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, LR, total_steps=steps + EPOCHS + 1)
 
     losses, window = [], []
     for _ in range(EPOCHS):
@@ -74,7 +71,6 @@ def main() -> None:
                 optimizer.zero_grad()
             window.append(accelerator.gather(loss.detach()).mean().item())
             if accelerator.sync_gradients:
-                schedule.step()
                 losses.append(sum(window) / len(window))
                 window = []
     if accelerator.is_main_process:

@@ -55,15 +55,10 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     assert "fp16" in error and "CPU" in error and "bf16" in error
 
 
-def test_one_thread_from_the_launcher_is_overruled(tmp_path: Path) -> None:
-    import os
-
-    cores = len(os.sched_getaffinity(0))
-    if cores < 2:
-        pytest.skip("needs two cores")
+def test_one_thread_from_the_launcher_is_overruled(tmp_path: Path, all_cores: set[int]) -> None:
     code, printed = run_launcher(cwd=tmp_path, settings=(*QUICK, "--train.max_steps=1"), OMP_NUM_THREADS="1")
     assert code == 0, printed
-    assert f"{cores} CPU threads" in printed
+    assert f"{len(all_cores)} CPU threads" in printed
 
 
 def test_numbers_that_do_not_fit_the_launch_end_all_ranks_with_one_message(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +123,8 @@ def test_another_number_of_processes_than_expected_is_refused(variable: str, mon
 
 
 PROBE = """
-import os, torch
+import os, pathlib, torch
+from lockstep import runtime
 from lockstep.config import RuntimeConfig
 from lockstep.runtime import build_accelerator
 assert torch.get_num_threads() == 1, "the environment was not heard"
@@ -135,21 +137,30 @@ os.environ["LOCAL_WORLD_SIZE"] = str(2 * owned)
 print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
 os.environ.update(LOCAL_WORLD_SIZE="1", SLURM_CPUS_PER_TASK="1")
 print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
+del os.environ["SLURM_CPUS_PER_TASK"]
+for quota in ("150000 100000", "50000 100000", "max 100000"):
+    runtime._CPU_QUOTA = pathlib.Path("cpu.max")
+    runtime._CPU_QUOTA.write_text(quota)
+    print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
 """
 
 
-def test_threads_are_the_cores_that_a_process_owns() -> None:
+def test_threads_are_the_cores_that_a_process_owns(all_cores: set[int], tmp_path: Path) -> None:
     """Although the launcher says one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", PROBE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    first, explicit, halved, crowded, given = (list(map(int, line.split())) for line in done.stdout.splitlines())
-    owned = len(os.sched_getaffinity(0))
+    first, explicit, halved, crowded, given, *quotas = (
+        list(map(int, line.split())) for line in done.stdout.splitlines()
+    )
+    owned = len(all_cores)
     assert first == [owned] * 3
     assert explicit == [owned, 3]
     assert halved == [max(1, owned // 2)] * 2
     assert crowded == [1, 1]
     assert given == [1, 1], "SLURM gave one core, and did not bind the process to it"
+    assert quotas == [[1, 1], [1, 1], [owned, owned]], "a container of 1.5 or 0.5 cores, and one without a limit"
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:
