@@ -1,5 +1,5 @@
 # make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
-# make soak: kill a training a hundred times and compare it with one that was left alone (20 minutes).
+# make soak: kill a training a hundred times and compare it with one that was left alone.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

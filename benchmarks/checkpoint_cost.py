@@ -2,7 +2,8 @@
 
     python benchmarks/checkpoint_cost.py
 
-ResNet-18 (11 M weights and their momentum: 90 MB a checkpoint) on synthetic 32x32 images, fp32.
+ResNet-18 (11 M weights and their momentum: 90 MB a checkpoint) on synthetic 32x32 images, fp32. Not yet run to its
+end on an idle machine: no figure comes from it.
 """
 
 import argparse
