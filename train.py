@@ -75,7 +75,8 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
     loss_of = build_loss(config.train)
 
     seed_run(config.run.seed)
-    model = build_network(config, data, launch.device, resumes=find_newest(run.checkpoints) is not None)
+    resumes = find_newest(run.checkpoints, quiet=True) is not None
+    model = build_network(config, data, launch.device, resumes=resumes)
     if config.model.summary:
         launch.say(summarize_model(model, data.image_shape))
     average = build_average(config.train, model)

@@ -267,11 +267,16 @@ class Plan:
 
 
 def strike(training: Training, plan: Plan, victim: str) -> Kill | None:
-    """Kill at a moment that is random over the usual duration or within a save or an evaluation; None if too late."""
+    """Kill at a moment that is random over the usual duration or within a save or an evaluation, or at the end.
+
+    None if it was too late.
+    """
     moments = plan.moments
     aim = moments.choice((None, None, "save", "evaluation"))
     moment = moments.uniform(0, plan.usual_seconds)
-    while training.is_running and (training.seconds < moment if aim is None else training.phase() != aim):
+    while training.is_running and (phase := training.phase()) != "end":
+        if training.seconds >= moment if aim is None else phase == aim:
+            break
         if training.seconds > FINISH_SECONDS:
             training.kill()
             raise AssertionError(f"not finished after {FINISH_SECONDS:.0f} s: {training.output()}")

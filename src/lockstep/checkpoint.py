@@ -70,7 +70,7 @@ class Checkpointer:
 
     def restore(self) -> Progress:
         """Put the newest undamaged checkpoint into the parts; returns its progress, or a new one if there is none."""
-        folder = find_newest(self._run.checkpoints)
+        folder = find_newest(self._run.checkpoints, quiet=not self._accelerator.is_main_process)
         if folder is None:
             return Progress()
         state = load_checkpoint(folder)
@@ -253,14 +253,15 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in checkpoints.glob("step_" + "[0-9]" * 8) if path.is_dir())
 
 
-def find_newest(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are reported and left where they are."""
+def find_newest(checkpoints: Path, *, quiet: bool = False) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are reported, if not `quiet`, and left where they are."""
     for step in reversed(saved_steps(checkpoints)):
         folder = folder_of(checkpoints, step)
         problem = problem_with(folder)
         if problem is None:
             return folder
-        _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
+        if not quiet:
+            _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
     return None
 
 

@@ -50,7 +50,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file by `replace_file`.
 
-    NaN and infinities become the strings "NaN", "Infinity" and "-Infinity". Raises OSError when the disk is full.
+    NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".
     """
     replace_file(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
@@ -82,7 +82,10 @@ def truncate_history(run_dir: Path, step: int) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file such that a reader, or a crash, sees the old one or the whole new one."""
+    """Write a file such that a reader, or a crash, sees the old one or the whole new one.
+
+    Raises OSError, naming the file, when the disk is full or cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")  # the same after a kill: the next writer takes it over
     try:
@@ -91,6 +94,8 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
     finally:
         aside.unlink(missing_ok=True)
 
