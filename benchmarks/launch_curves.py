@@ -7,6 +7,7 @@ an optimizer that does not amplify rounding much (docs/sameness.md).
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,8 @@ def main() -> None:
             ours[name] = [line["loss"] for line in lines if line["split"] == "train"]
     for title, curves in (("plain Accelerate script", plain), ("train.py", ours)):
         first, *others = curves.values()
-        worst = max(abs(a - b) for other in others for a, b in zip(first, other, strict=False))
-        print(f"{title}: losses of the launches are at most {worst:.2g} apart")
+        apart = [abs(a - b) for other in others for a, b in zip(first, other, strict=False)]
+        print(f"{title}: losses of the launches are {statistics.median(apart):.2g} apart, at most {max(apart):.2g}")
     plot_launches({"Plain Accelerate script": plain, "Lockstep": ours}, ROOT / "docs" / "launch_curves.png")
 
 
