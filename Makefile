@@ -40,7 +40,7 @@ test: $(DEV_READY)
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100
 
-# As root, with munge, slurmctld, slurmd and slurm-client: about ten minutes on two cores.
+# As root, with munge, slurmctld, slurmd and slurm-client: about half an hour on two cores.
 slurm-test: $(DEV_READY)
 	LOCKSTEP_SLOW=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
 

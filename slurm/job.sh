@@ -32,7 +32,7 @@ set_up() {
     MASTER_ADDR=${MASTER_ADDR:-${nodes%%$'\n'*}}
     MASTER_PORT=${MASTER_PORT:-$(free_port $((20000 + SLURM_JOB_ID % 10000)))} # two jobs on a node have two numbers
     export -n MASTER_ADDR MASTER_PORT # one process alone must not believe that there are others to meet
-    restarts=${SLURM_RESTART_COUNT:-0} asked='' cancelled=''
+    restarts=${SLURM_RESTART_COUNT:-0}
     echo "job $SLURM_JOB_ID, restart $restarts: ${nodes//$'\n'/ } x $PROCESSES_PER_NODE processes" \
         "of $OMP_NUM_THREADS threads, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
@@ -67,28 +67,28 @@ launch() {
     while kill -0 "$step_pid" 2>/dev/null; do # a trapped signal ends `wait`, but not the step
         if [ -z "$asked" ]; then
             wait "$step_pid"
-        else # again and again: processes that are still starting ignore it
-            kill -USR2 "$step_pid"
-            sleep 1
+        else # again and again: processes that are still starting ignore it, and srun itself must have begun
+            sleep 2
+            [ -e "$marker" ] || kill -USR2 "$step_pid" 2>/dev/null
         fi
     done
     wait "$step_pid" # its exit code
 }
 
 train() {
-    local run_dir marker code
+    local run_dir code
     run_dir=$(python "$@" --print_run_dir) || exit
     [ "$restarts" -le "$MAX_RESTARTS" ] || fail "$run_dir was restarted $restarts times, and MAX_RESTARTS=$MAX_RESTARTS:" \
         "look above for the reason; the same sbatch command continues"
     # Launchers turn every exit code into 1, so the program says by this file that it has saved and waits.
     marker=$run_dir/preempted
     rm -f "$marker"
-    trap 'asked=yes' USR1 USR2 # the time limit is near (#SBATCH --signal=B:USR2@...)
-    trap 'cancelled=yes' TERM  # scancel tells the batch shell and the step, preemption the step alone
-    launch "$@"
-    code=$?
-    [ -e "$marker" ] || exit $code
-    if [ -n "$cancelled" ] || grep -q '"reason": "file ' "$marker"; then
+    if [ -z "$asked" ]; then
+        launch "$@"
+        code=$?
+        [ -e "$marker" ] || exit $code
+    fi
+    if [ -n "$cancelled" ] || grep -qs '"reason": "file ' "$marker"; then
         echo "stopped by the user and saved in $run_dir; the same sbatch command continues"
     elif [ "$restarts" -ge "$MAX_RESTARTS" ]; then
         echo "saved in $run_dir, not started again: MAX_RESTARTS=$MAX_RESTARTS; the same sbatch command continues"
@@ -102,4 +102,7 @@ train() {
     exit 85
 }
 
+asked='' cancelled='' marker=''
+trap 'asked=yes' USR1 USR2 # the time limit is near (#SBATCH --signal=B:USR2@...)
+trap 'cancelled=yes' TERM  # scancel tells the batch shell and the step, preemption the step alone
 set_up
