@@ -81,6 +81,7 @@ def one_line_errors() -> Iterator[None]:
         _last_words(f"error: {mistake}")
         raise SystemExit(1) from None
     except (OSError, RuntimeError) as blow:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from there, again, for each worker that ends
         line = _describe_blow(blow)
         if line is None:
             raise

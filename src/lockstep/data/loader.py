@@ -150,6 +150,8 @@ def _data_loader(
     )
     try:
         yield from loader
+    except (ConnectionError, EOFError) as broken:
+        raise RuntimeError("DataLoader worker was killed while it handed over images") from broken
     except ValueError as error:
         # From a worker, torch sends the whole traceback as the message; its last line is the one for the user.
         line = str(error).strip().splitlines()[-1]
