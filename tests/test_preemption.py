@@ -39,9 +39,8 @@ LONG = (
 
 
 @pytest.fixture
-def own_signals(monkeypatch: pytest.MonkeyPatch):
+def own_signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    monkeypatch.setattr("lockstep.preemption._end_with_launcher", lambda: None)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -146,6 +145,20 @@ def test_signal_to_every_process_of_the_job_exits_with_the_requeue_code(tmp_path
     os.killpg(process.pid, signal.SIGTERM)
     assert finish(process, 60).returncode == REQUEUE_CODE
     assert_gone(everyone)
+
+
+@pytest.mark.launch
+def test_launcher_that_dies_while_its_ranks_start_takes_them_with_it(tmp_path: Path) -> None:
+    """They would look for it, to meet each other there, for half an hour."""
+    process = start([*launch_command(2, "train.py"), *LONG, "--run.name=x"], tmp_path)
+    deadline = time.monotonic() + 60
+    while len(ranks := ranks_of(process)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    finish(process, 60)
+    assert_gone(ranks)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.launch

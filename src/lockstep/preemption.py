@@ -7,8 +7,6 @@ every code into 1, so the run folder holds a file `preempted` too, until the run
 """
 
 import contextlib
-import ctypes
-import os
 import signal
 import time
 from pathlib import Path
@@ -26,7 +24,6 @@ REQUEUE_CODE = 85
 STOP_FILE = "stop"
 MARKER = "preempted"
 _STOP_FILE_SECONDS = 1.0  # between looks at the file, which may lie on a slow shared disk
-_PR_SET_PDEATHSIG = 1
 
 
 class Preemption:
@@ -43,7 +40,6 @@ class Preemption:
         self._pending: tuple[Any, torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
-        _end_with_launcher()
         if launch.is_main:
             for name in (STOP_FILE, MARKER):  # an old request was answered by the stop before this start
                 with contextlib.suppress(FileNotFoundError):
@@ -90,11 +86,3 @@ class Preemption:
         if self._group is not None:
             dist.barrier(group=self._group)  # torchrun kills those who still save 30 s after the first one left
         return REQUEUE_CODE
-
-
-def _end_with_launcher() -> None:
-    """Let Linux send SIGTERM when the launcher dies: it may die of a signal that it does not pass on."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)

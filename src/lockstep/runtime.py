@@ -5,7 +5,10 @@ The guards exist because a wrong launch does not fail by itself. Measured with a
 CPU silently computes in fp32; one process is given one CPU thread however many cores there are.
 """
 
+import contextlib
+import ctypes
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +22,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from lockstep.config import RuntimeConfig, TrainConfig
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
+_PR_SET_PDEATHSIG = 1
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -70,6 +74,7 @@ class Launch:
 
 def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     """Start the process group; raises ValueError, naming a launch that works, if this one is not what it seems."""
+    _end_with_launcher()
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = _precision(config, on_cpu)
     _refuse_lonely_launch()
@@ -97,6 +102,22 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         precision,
         cores,
     )
+
+
+def _end_with_launcher() -> None:
+    """Let Linux send SIGTERM when the launcher dies: it may die of a signal that it does not pass on.
+
+    Before the process group is built, which waits half an hour for a launcher that is gone. Without a launcher the
+    parent is a shell, which may leave a training alone (nohup).
+    """
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    with contextlib.suppress(OSError):
+        # It may have died during the imports. In a container it may itself be process 1.
+        if os.getppid() == 1 and not Path("/proc/1/comm").read_text().startswith(("python", "accelerate", "torchrun")):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def local_processes() -> int:
