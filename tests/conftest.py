@@ -21,6 +21,7 @@ QUICK = (
     "--train.batch_size=256",
     "--train.micro_batch_size=64",
     "--train.epochs=2",
+    "--checkpoint.every_epochs=1",
     "--log.wandb=disabled",
     "--log.tensorboard=false",
     "--log.figures=false",

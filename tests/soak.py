@@ -37,6 +37,7 @@ TINY = (
     "--train.batch_size=128",
     "--train.micro_batch_size=32",
     "--train.epochs=4",
+    "--checkpoint.every_epochs=1",
     "--train.ema_decay=0.9",
     "--augment.mixup=0.2",
     "--schedule.name=plateau",

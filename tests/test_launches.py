@@ -28,6 +28,7 @@ PROOF = (
     "--train.batch_size=256",
     "--train.micro_batch_size=64",
     "--train.epochs=3",
+    "--checkpoint.every_epochs=1",
     "--optim.name=sgd",
     "--optim.lr=0.002",
     "--optim.momentum=0.9",
