@@ -67,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each kind")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on, not a folder in memory
+    Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as folder:  # on the disk that runs are on, not a folder in memory
         loop = Loop(Path(folder))
         loop.seconds(10, saves=True)
         loop.checkpointer.wait()
