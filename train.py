@@ -39,6 +39,7 @@ from lockstep.run import Run, open_run
 from lockstep.runtime import Launch, Profiler, build_accelerator, end_process_group, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
 from lockstep.schedule import build_schedule
+from lockstep.sharding import prepare, shard
 
 
 def train(config: Config) -> int:
@@ -63,7 +64,7 @@ def train(config: Config) -> int:
 
 
 def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> int:
-    micro_batch_size = resolve_micro_batch_size(config.train, launch.num_processes, run.micro_batch_size)
+    micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
     data = build_data(config, run.path, write=launch.is_main)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
         micro_batch_size = find_micro_batch_size(config, data, run, accelerator, launch)
@@ -79,8 +80,10 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
     model = build_network(config, data, launch.device, resumes=resumes)
     if config.model.summary:
         launch.say(summarize_model(model, data.image_shape))
+    if launch.is_sharded:
+        shard(model, compress_gradients=config.runtime.compress_gradients)
     average = build_average(config.train, model)
-    network, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
+    network, optimizer = prepare(accelerator, model, build_optimizer(config.optim, model))
     checkpointer = Checkpointer(run, accelerator, model, optimizer, average)
     progress = checkpointer.restore()
     statistics = RunningStatistics(model)
@@ -119,7 +122,7 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
             seed = (config.run.seed, step, number)
             images, targets = transform.train_batch(*next(batches), seed)
             seed_microbatch(*seed)
-            # DDP averages over processes once per step, together with the last microbatch.
+            # DDP or FSDP2 averages over processes once per step, together with the last microbatch.
             with nullcontext() if number == loader.numbers[-1] else accelerator.no_sync(network):
                 logits = network(images)
                 losses = loss_of(logits, targets)

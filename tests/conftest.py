@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,23 @@ def launch(
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, "training did not get that far"
+        time.sleep(0.02)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher, by rank."""
+    children = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(part.endswith("train.py") for part in child.cmdline()) and "accelerate" not in " ".join(child.cmdline())
+    ]
+    return sorted(children, key=lambda child: int(child.environ().get("RANK", 0)))
 
 
 @pytest.fixture

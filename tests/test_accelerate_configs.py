@@ -20,6 +20,7 @@ HARDWARE = {
     "rdzv_backend",
     "same_network",
     "mixed_precision",
+    "fsdp_config",
 }
 
 by_name = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -27,7 +28,7 @@ by_name = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 def test_every_shape_has_a_file() -> None:
     names = {path.stem for path in FILES}
-    gpus = {"gpu", "gpu_bf16", "gpu_fp16", "ddp_2gpu", "ddp_8gpu", "ddp_8gpu_bf16"}
+    gpus = {"gpu", "gpu_bf16", "gpu_fp16", "ddp_2gpu", "ddp_8gpu", "ddp_8gpu_bf16", "fsdp2_8gpu"}
     assert names == {"cpu", "cpu_2proc", "multi_node", "mps"} | gpus
 
 
@@ -45,7 +46,8 @@ def test_accelerate_reads_it(path: Path) -> None:
     loaded = load_config_from_file(str(path))
     assert loaded.num_processes == content["num_processes"] and loaded.mixed_precision == content["mixed_precision"]
     several = content["num_processes"] > 1
-    assert (str(loaded.distributed_type).endswith("MULTI_GPU")) == several
+    expected = "FSDP" if path.stem.startswith("fsdp") else "MULTI_GPU"
+    assert (str(loaded.distributed_type).endswith(expected)) == several
 
 
 def test_values_can_be_given_on_the_command_line() -> None:
@@ -64,14 +66,13 @@ def test_values_can_be_given_on_the_command_line() -> None:
 
 
 @pytest.mark.launch
-def test_two_processes_start_and_can_compress_gradients(tmp_path: Path) -> None:
-    options = [
-        "--config_file",
-        str(ROOT / "accelerate_configs/cpu_2proc.yaml"),
-        "--main_process_port",
-        str(free_port()),
-    ]
+@pytest.mark.parametrize(
+    ("name", "line"), [("cpu_2proc", "fp32, 2 processes,"), ("fsdp2_8gpu", "bf16, 2 processes (FSDP2)")]
+)
+def test_two_processes_start_and_can_compress_gradients(name: str, line: str, tmp_path: Path) -> None:
+    file = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    options = ["--config_file", file, "--num_processes", "2", "--main_process_port", str(free_port())]
     settings = (*QUICK, "--train.max_steps=2", "--runtime.compress_gradients=true")
     done = finish(start([*LAUNCHER, *options, str(ROOT / "train.py"), *settings], tmp_path), 120)
     assert done.returncode == 0, done.stderr
-    assert "2 (processes)" in done.stdout and done.stdout.count("test accuracy") == 1
+    assert line in done.stdout and done.stdout.count("test accuracy") == 1

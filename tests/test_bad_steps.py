@@ -142,17 +142,22 @@ def test_a_fault_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(LONELY_FAULT)
     config = str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")
     pair = [*LAUNCHER, "--config_file", config, "--main_process_port", str(free_port())]
-    for name, command in (("alone", [sys.executable]), ("pair", pair)):
-        settings = (*SHORT, "--optim.name=sgd", f"--run.name={name}", f"--data.cache_dir={tmp_path}")
+    alone = tmp_path / "runs" / "alone"
+    for name, command, extra in (
+        ("alone", [sys.executable], ()),
+        ("pair", pair, ()),
+        ("sharded", pair, ("--runtime.fsdp=true",)),
+    ):
+        settings = (*SHORT, "--optim.name=sgd", f"--run.name={name}", f"--data.cache_dir={tmp_path}", *extra)
         done = finish(start([*command, "faulty.py", *settings], tmp_path), 120)
         assert done.returncode == 0, done.stderr[-3000:]
-    alone, pair_run = tmp_path / "runs" / "alone", tmp_path / "runs" / "pair"
-    assert json.loads((pair_run / "environment.json").read_text())[0]["processes"] == 2
-    assert [line.get("bad_steps") for line in read_lines(pair_run)] == [
-        line.get("bad_steps") for line in read_lines(alone)
-    ]
-    assert json.loads((pair_run / "summary.json").read_text())["bad_steps"] == 1
-    assert max(relative_differences(weights_of(alone), weights_of(pair_run)).values()) < 1e-12
+        run = alone.with_name(name)
+        entry = json.loads((run / "environment.json").read_text())[0]
+        assert (entry["processes"], entry["fsdp"]) == (1 if name == "alone" else 2, name == "sharded")
+        counts = [[line.get("bad_steps") for line in read_lines(one)] for one in (run, alone)]
+        assert counts[0] == counts[1]
+        assert json.loads((run / "summary.json").read_text())["bad_steps"] == 1
+        assert max(relative_differences(weights_of(alone), weights_of(run)).values()) < 1e-12
 
 
 @pytest.mark.launch

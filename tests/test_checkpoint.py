@@ -32,6 +32,7 @@ from lockstep.checkpoint import (
     point,
     problem_with,
     prune,
+    put_optimizer_state,
     put_weights,
     save_checkpoint,
     saved_steps,
@@ -145,6 +146,23 @@ def test_training_goes_on_from_the_saved_bits(tmp_path: Path, optimizer: str, ac
     for each in (parts, resumed):
         each.train(range(5, 9))
     assert_same(resumed.state(), parts.state())
+
+
+def test_a_momentum_in_another_layout_goes_on_the_same() -> None:
+    """Sharded runs leave ordinary layouts; the fused kernels would take them for the parameter's own."""
+    gradient = torch.randn(3, 4, 2, 2)
+    ends = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        weight = nn.Parameter(torch.zeros(3, 4, 2, 2).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+        momentum = torch.arange(48.0).view(3, 4, 2, 2).to(memory_format=layout)
+        groups = [{**optimizer.state_dict()["param_groups"][0], "fused": None}]
+        put_optimizer_state(optimizer, {"state": {0: {"momentum_buffer": momentum}}, "param_groups": groups})
+        assert optimizer.param_groups[0]["fused"]
+        weight.grad = gradient.to(memory_format=torch.channels_last)
+        optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(*ends) and torch.allclose(ends[0], -(0.9 * torch.arange(48.0).view(3, 4, 2, 2) + gradient))
 
 
 def test_a_new_run_starts_from_nothing(tmp_path: Path, accelerator: Accelerator) -> None:

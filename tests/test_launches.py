@@ -7,11 +7,13 @@ rounding error by its epsilon of 1e-8) and an L1 penalty (whose gradient jumps a
 """
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import launch, read_lines
+from conftest import finish, launch, launch_command, ranks_of, read_lines, start, wait_for_step
 
 from lockstep.checkpoint import load_weights
 from lockstep.compare import relative_differences
@@ -95,3 +97,26 @@ def test_the_proof_would_notice_another_order(tmp_path: Path) -> None:
     b = train_on(1, tmp_path, "b", "--train.max_steps=2", "--run.seed=1")
     differences = relative_differences(*(load_weights(run / "checkpoints/last/model.safetensors") for run in (a, b)))
     assert max(differences.values()) > 1e-3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_a_compiled_run_goes_on_uncompiled(tmp_path: Path) -> None:
+    """With dropout, which the compiler would draw its own way."""
+    settings = (*PROOF, "--model.name=tiny_cnn", "--train.max_steps=60", "--train.epochs=20")
+    settings += (f"--data.cache_dir={tmp_path / 'cache'}",)
+    whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run = tmp_path / "runs" / "compiled"
+    process = start(
+        [*launch_command(1, "train.py"), *settings, "--runtime.compile=true", "--run.name=compiled"], tmp_path
+    )
+    wait_for_step(run, 1, process)
+    ranks_of(process)[0].send_signal(signal.SIGTERM)
+    finish(process, 60)
+    assert 1 <= json.loads((run / "summary.json").read_text())["steps"] < 60
+    resumed = launch(*settings, "--run.name=compiled", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    starts = json.loads((run / "environment.json").read_text())
+    assert ["--runtime.compile=true" in entry["command"] for entry in starts] == [True, False]
+    weights = [load_weights(place / "checkpoints/last/model.safetensors") for place in (run, run.with_name("whole"))]
+    assert max(relative_differences(*weights).values()) <= 1e-12

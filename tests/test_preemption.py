@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import QUICK, ROOT, finish, free_port, launch, launch_command, read_lines, start
+from conftest import QUICK, ROOT, finish, free_port, launch, launch_command, ranks_of, read_lines, start, wait_for_step
 
 from lockstep.checkpoint import load_weights, saved_steps
 from lockstep.compare import relative_differences
@@ -76,23 +75,6 @@ def test_only_the_main_process_looks_at_the_file(tmp_path: Path, own_signals: No
     preemption = Preemption(RunConfig(), tmp_path, replace(ALONE, process_index=1))
     (tmp_path / "stop").touch()
     assert not preemption.wanted()
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, "training did not get that far"
-        time.sleep(0.02)
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below a launcher, by rank."""
-    children = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any(part.endswith("train.py") for part in child.cmdline()) and "accelerate" not in " ".join(child.cmdline())
-    ]
-    return sorted(children, key=lambda child: int(child.environ().get("RANK", 0)))
 
 
 def assert_gone(processes: list[psutil.Process], seconds: float = 30) -> None:

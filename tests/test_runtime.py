@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.config import RuntimeConfig, TrainConfig
+from lockstep.config import Config, RuntimeConfig, TrainConfig
 from lockstep.runtime import Launch, build_accelerator, has_fast_bf16, resolve_micro_batch_size
 
 LAUNCHER = (
@@ -98,7 +99,7 @@ def test_a_plain_start_is_one_process() -> None:
     accelerator, launch = build_accelerator(RuntimeConfig(threads=1))
     assert (launch.num_processes, launch.process_index, launch.local_process_index) == (1, 0, 0)
     assert launch.is_main and launch.precision == "no" and launch.device == accelerator.device == torch.device("cpu")
-    facts = {"device": "cpu", "processes": 1, "accumulation": 4, "precision": "no", "threads": 1}
+    facts = {"device": "cpu", "processes": 1, "accumulation": 4, "fsdp": False, "precision": "no", "threads": 1}
     assert launch.as_dict(accumulation=4) == facts
     assert accelerator.gradient_accumulation_steps == 1
 
@@ -174,11 +175,26 @@ def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "hello\n"
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_fsdp_is_asked_for_by_the_setting_or_the_launcher(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep.runtime import _shards
+
+    config = RuntimeConfig(fsdp=not launched)
+    for precision, shards in (("bf16", True), ("fp16", ValueError)):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(launched).lower())
+        with pytest.raises(ValueError, match="FSDP cannot train in fp16") if shards is ValueError else nullcontext():
+            assert _shards(config, precision)
+        assert "ACCELERATE_USE_FSDP" not in os.environ, "Accelerate must not shard as well"
+    with pytest.raises(ValueError, match="FSDP does not go with --runtime.compile=true"):
+        _shards(RuntimeConfig(fsdp=True, compile=True), "no")
+    assert not _shards(RuntimeConfig(), "fp16")
+
+
 # ---- microbatches
 
 
 def micro(num_processes: int, batch_size: int, **changes: Any) -> int:
-    return resolve_micro_batch_size(TrainConfig(batch_size=batch_size, **changes), num_processes)
+    return resolve_micro_batch_size(Config(train=TrainConfig(batch_size=batch_size, **changes)), num_processes)
 
 
 def test_the_default_is_one_microbatch_per_process() -> None:
@@ -205,6 +221,13 @@ def test_numbers_that_do_not_fit_are_shown_with_the_nearest_that_do(
     with pytest.raises(ValueError) as error:
         micro(processes, batch_size, micro_batch_size=micro_batch_size)
     assert str(error.value) == line
+
+
+def test_a_static_graph_is_refused_with_accumulation() -> None:
+    config = Config(runtime=RuntimeConfig(static_graph=True), train=TrainConfig(batch_size=64, micro_batch_size=16))
+    assert resolve_micro_batch_size(config, 4) == 16
+    with pytest.raises(ValueError, match=r"static_graph=true does not go with accumulation"):
+        resolve_micro_batch_size(config, 2)
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,6 +30,7 @@ from lockstep.config import CheckpointConfig
 from lockstep.ema import ExponentialAverage
 from lockstep.progress import Progress
 from lockstep.run import Run
+from lockstep.sharding import is_sharded, local, part_of, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Checkpointer:
             return Progress()
         state = load_checkpoint(folder)
         put_weights(self._model, state.model, str(folder))
-        self._optimizer.load_state_dict(state.optimizer)
+        put_optimizer_state(self._optimizer, state.optimizer)
         if self._average is not None:
             self._average.load_state_dict(state.ema)
         if self._accelerator.scaler is not None and state.scaler:
@@ -95,12 +96,14 @@ class Checkpointer:
 
     def save(self, progress: Progress, *, is_best: bool) -> None:
         """Save the present state as `last`, and as `best` if it is; reports a failed earlier save."""
-        if not self._accelerator.is_main_process:
+        is_main = self._accelerator.is_main_process
+        if not is_main and not is_sharded(self._model):
             return
         self.wait()
-        if problem_with(folder_of(self._run.checkpoints, progress.step)) is None and not is_best:
+        state = self._capture(progress)
+        if not is_main or (not is_best and problem_with(folder_of(self._run.checkpoints, progress.step)) is None):
             return  # this very state was saved before, perhaps by the start before this one
-        self._pending = self._thread.submit(self._write, progress.step, self._capture(progress), is_best)
+        self._pending = self._thread.submit(self._write, progress.step, state, is_best)
 
     def wait(self, *, must_succeed: bool = False) -> None:
         """Wait for the save in flight. A failed one is a warning, or a ValueError if none will follow."""
@@ -114,6 +117,7 @@ class Checkpointer:
             _logger.warning("%s; training goes on without this checkpoint", problem)
 
     def _capture(self, progress: Progress) -> State:
+        """A copy of the present state; every process must take part if the network is sharded."""
         scaler = self._accelerator.scaler
         average = {} if self._average is None else self._average.state_dict()
         return State(
@@ -139,7 +143,7 @@ class Checkpointer:
 def _on_host(value: Any) -> Any:
     """A copy of a state dict in the host's memory, so that training may go on changing the original."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return whole(value.detach()).to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _on_host(item) for key, item in value.items()}
     return [_on_host(item) for item in value] if isinstance(value, list) else value
@@ -313,7 +317,23 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
         parts = {"missing": missing, "unknown": unknown, "of another shape": sorted(shapes)}
         details = "; ".join(f"{len(names)} {kind}, for example {names[0]}" for kind, names in parts.items() if names)
         raise ValueError(f"{source} holds another network: weights {details}")
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for name, value in own.items():
+            local(value).copy_(local(part_of(weights[name], value)))
+
+
+def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, whole as checkpoints have it; a sharded optimizer takes its part.
+
+    The kernel stays that of `optimizer`: what is fused on one device need not be on another.
+    """
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**saved, "fused": own.get("fused")} for saved, own in pairs]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value.shape == parameter.shape:
+                kept[name] = part_of(value, parameter)
 
 
 def prune(checkpoints: Path, config: CheckpointConfig) -> None:

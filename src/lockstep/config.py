@@ -358,6 +358,10 @@ class RuntimeConfig:
     """Batch statistics over all processes; leaves the promise of equal training on every launch"""
     compress_gradients: bool = False
     """Send gradients between processes as bf16: half the bytes; leaves the promise, too"""
+    fsdp: bool = False
+    """Each process keeps a part of weights, average and optimizer state (FSDP2); true if the launcher says FSDP"""
+    static_graph: bool = False
+    """DDP: take the graph of the first step for granted; not with accumulation"""
     profile: bool = False
     """Write a torch profiler trace of steps 10 to 15 to the run folder"""
 
@@ -441,6 +445,10 @@ class Config:
             not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),
             "--train.micro_batch_size=auto cannot be tried with --runtime.sync_batchnorm=true: set a number",
         )
+        _require(
+            not (self.runtime.static_graph and self.train.micro_batch_size == "auto"),
+            "--train.micro_batch_size=auto may accumulate, which --runtime.static_graph=true forbids: set a number",
+        )
 
 
 # Settings that leave the learned weights as they are, or only say how long and how well watched the run is.
@@ -449,7 +457,7 @@ _SHAPELESS = {
     "data": {"root", "cache_dir", "workers"},
     "model": {"summary"},
     "train": {"max_bad_steps"},
-    "runtime": {"compile", "threads", "profile"},
+    "runtime": {"compile", "threads", "profile", "fsdp", "static_graph"},
     "checkpoint": {"every_steps", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }

@@ -115,10 +115,10 @@ def check_batch(parts: Parts) -> Finding:
     """The global batch divides into microbatches and processes."""
     if parts.launch is None:
         return _NO_LAUNCH
-    config, processes = parts.config.train, parts.launch.num_processes
-    parts.micro_batch_size = micro = resolve_micro_batch_size(config, processes)
-    accumulation = config.batch_size // (micro * processes)
-    text = f"{config.batch_size} samples = {micro} x {processes} processes x {accumulation} accumulation"
+    batch_size, processes = parts.config.train.batch_size, parts.launch.num_processes
+    parts.micro_batch_size = micro = resolve_micro_batch_size(parts.config, processes)
+    accumulation = batch_size // (micro * processes)
+    text = f"{batch_size} samples = {micro} x {processes} processes x {accumulation} accumulation"
     return Finding("ok", f"a step is {text}")
 
 

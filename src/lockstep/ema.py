@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.config import TrainConfig
+from lockstep.sharding import local, part_of
 
 
 class ExponentialAverage:
@@ -40,7 +41,9 @@ class ExponentialAverage:
         assert values.keys() == self._averages.keys(), "the averages belong to another network"
         floating = [name for name, average in self._averages.items() if average.is_floating_point()]
         torch._foreach_lerp_(
-            [self._averages[name] for name in floating], [values[name] for name in floating], 1 - self.decay_at(step)
+            [local(self._averages[name]) for name in floating],
+            [local(values[name]) for name in floating],
+            1 - self.decay_at(step),
         )
         counts = {name: average for name, average in self._averages.items() if not average.is_floating_point()}
         _copy_into(counts, values)
@@ -77,13 +80,13 @@ class ExponentialAverage:
                 f"the saved averages (--train.ema_decay) belong to another network: {len(different)} entries differ, "
                 f"the first is {different[0]}; resume with the settings they were saved with"
             )
-        _copy_into(self._averages, state)
+        _copy_into(self._averages, {name: part_of(state[name], average) for name, average in self._averages.items()})
 
 
 @torch.no_grad()
 def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     if targets:
-        torch._foreach_copy_(list(targets.values()), [values[name] for name in targets])
+        torch._foreach_copy_([local(target) for target in targets.values()], [local(values[name]) for name in targets])
 
 
 def build_average(config: TrainConfig, model: nn.Module) -> ExponentialAverage | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lockstep.augment import Transform
 from lockstep.data.images import SKIPPED_LABEL
 from lockstep.data.loader import EvaluationLoader
+from lockstep.sharding import gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +69,12 @@ def evaluate(
     # MPS has no float64; float32 still holds counts and class numbers exactly. The last row says who was interrupted.
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     rows = torch.zeros(len(loader.data) + 1, len(_COLUMNS), dtype=dtype, device=accelerator.device)
-    for samples, images, labels in loader:
-        rows.index_add_(0, samples, _judge(model(transform.evaluate(images)), labels).to(dtype))
-        if interrupted():
-            rows[-1] = 1
-            break
+    with gathered(model):
+        for samples, images, labels in loader:
+            rows.index_add_(0, samples, _judge(model(transform.evaluate(images)), labels).to(dtype))
+            if interrupted():
+                rows[-1] = 1
+                break
     model.train(was_training)
     if accelerator.num_processes > 1:
         rows = accelerator.reduce(rows, reduction="sum")

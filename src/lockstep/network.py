@@ -27,5 +27,6 @@ def build_network(config: Config, data: Data, device: torch.device, *, resumes: 
         model = convert_to_sync_batchnorm(model, device)
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     if config.runtime.compile:
-        model.compile()  # in place: the names of the weights, and so checkpoints, stay as they are
+        # In place: the names of the weights, and so checkpoints, stay as they are. Dropout draws as without compiling.
+        model.compile(options={"fallback_random": True})
     return model

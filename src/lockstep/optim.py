@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from lockstep.config import OptimConfig
+from lockstep.sharding import is_sharded, whole
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -64,7 +65,11 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
 def _can_fuse(name: str, parameters: Sequence[Tensor]) -> bool:
     devices = _FUSED_DEVICES.get(name, set())
-    return all(parameter.device.type in devices and parameter.is_floating_point() for parameter in parameters)
+    return all(
+        # The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
+        p.device.type in devices and p.is_floating_point() and not is_sharded(p)
+        for p in parameters
+    )
 
 
 def _parameter_groups(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
@@ -109,7 +114,7 @@ def finish_gradients(accelerator: Accelerator, model: nn.Module, config: OptimCo
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-    return norm
+    return whole(norm)
 
 
 def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:
@@ -126,7 +131,7 @@ def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:
 
 
 def histograms_of(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients and weights of every layer, by name, for histograms."""
+    """Gradients and weights of every layer, by name, for histograms. Every process must take part."""
     named = list(model.named_parameters())
-    gradients = {f"gradients/{name}": p.grad for name, p in named if p.grad is not None}
-    return {**gradients, **{f"weights/{name}": p.detach() for name, p in named}}
+    gradients = {f"gradients/{name}": whole(p.grad) for name, p in named if p.grad is not None}
+    return {**gradients, **{f"weights/{name}": whole(p.detach()) for name, p in named}}

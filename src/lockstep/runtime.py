@@ -7,6 +7,7 @@ CPU silently computes in fp32; one process is given one CPU thread however many 
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import warnings
@@ -19,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from lockstep.config import RuntimeConfig, TrainConfig
+from lockstep.config import Config, RuntimeConfig
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
 _PR_SET_PDEATHSIG = 1
@@ -37,6 +38,8 @@ class Launch:
     precision: str
     cores: int
     """CPU cores this process may use as its own"""
+    is_sharded: bool = False
+    """FSDP2 instead of DDP"""
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +60,7 @@ class Launch:
             "device": self.device.type,
             "processes": self.num_processes,
             "accumulation": accumulation,
+            "fsdp": self.is_sharded,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
@@ -65,6 +69,7 @@ class Launch:
         """One line: device, precision, processes, accumulation."""
         accumulation = batch_size // (micro_batch_size * self.num_processes)
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
+        processes += " (FSDP2)" if self.is_sharded else ""
         return (
             f"{self.device.type}, {self.precision_name}, {processes}, "
             f"{torch.get_num_threads()} CPU threads each; a step is {batch_size} samples = "
@@ -78,7 +83,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = _precision(config, on_cpu)
     _refuse_lonely_launch()
-    _refuse_fsdp()
+    shards = _shards(config, precision)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
@@ -101,6 +106,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         accelerator.local_process_index,
         precision,
         cores,
+        is_sharded=shards and accelerator.num_processes > 1,
     )
 
 
@@ -139,20 +145,28 @@ def _cores_of_job() -> int:
 def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
     # torch 2.15 renames broadcast_buffers; accelerate 1.15 and older torch know the old name only.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    # No static_graph: with accumulation (no_sync in the first forward) torch 2.15 fails an internal assertion.
     hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(
         broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
         gradient_as_bucket_view=True,
+        static_graph=config.static_graph,
         comm_hook=hook,
     )
 
 
-def _refuse_fsdp() -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+def _shards(config: RuntimeConfig, precision: str) -> bool:
+    """Whether the setting or the launcher asks for FSDP.
+
+    Accelerate must not see it: its own FSDP2 works on accelerators only, and makes a plugin that prepares the network.
+    """
+    launched = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if (launched or config.fsdp) and precision == "fp16":
+        raise ValueError("FSDP cannot train in fp16 (each process would scale its part alone): launch with bf16")
+    if (launched or config.fsdp) and config.compile:
         raise ValueError(
-            "FSDP is not supported: use one of accelerate_configs/ddp_*.yaml (every GPU then holds the whole network)"
+            "FSDP does not go with --runtime.compile=true (torch.compile stops at its hooks): leave one out"
         )
+    return launched or config.fsdp
 
 
 def _refuse_lonely_launch() -> None:
@@ -206,6 +220,7 @@ def end_process_group() -> None:
     Without it, one of 30 finished trainings of two processes was aborted in the exit of its interpreter, with code 1.
     """
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -226,16 +241,18 @@ class Profiler:
             self._profile.step()
 
 
-def resolve_micro_batch_size(config: TrainConfig, num_processes: int, kept: int | None = None) -> int:
+def resolve_micro_batch_size(config: Config, num_processes: int, kept: int | None = None) -> int:
     """The samples of one forward/backward; for auto, the most that it may be.
 
     Where the setting leaves it open, `kept`, that of an earlier start of the run, counts. Raises ValueError with a
     launch that fits where the numbers do not.
     """
-    batch_size = config.batch_size
-    given = config.micro_batch_size if isinstance(config.micro_batch_size, int) else kept
+    batch_size, micro_batch_size = config.train.batch_size, config.train.micro_batch_size
+    given = micro_batch_size if isinstance(micro_batch_size, int) else kept
     micro = given or batch_size // num_processes
     if micro and batch_size % (micro * num_processes) == 0:
+        if config.runtime.static_graph and batch_size > micro * num_processes:  # torch 2.15 fails an assertion
+            raise ValueError("--runtime.static_graph=true does not go with accumulation: leave one of them out")
         return micro
     microbatches = batch_size // micro if given else batch_size
     fitting = [str(n) for n in range(1, microbatches + 1) if microbatches % n == 0]

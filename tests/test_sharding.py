@@ -1,0 +1,79 @@
+"""FSDP2 on real processes: the same training as without it, and checkpoints that either can go on from."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish, launch, launch_command, start, wait_for_step
+from test_launches import EVERYTHING, PROOF, assert_same_training
+from torch import nn
+
+pytestmark = pytest.mark.launch
+
+SHARDED = "--runtime.fsdp=true"
+
+
+def test_sharded_training_is_the_same_and_moves_to_other_launches(tmp_path: Path) -> None:
+    settings = (*PROOF, *EVERYTHING, f"--data.cache_dir={tmp_path / 'cache'}")
+    whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    run = tmp_path / "runs" / "sharded"
+    pair = start([*launch_command(2, "train.py"), *settings, SHARDED, "--run.name=sharded"], tmp_path)
+    wait_for_step(run, 3, pair)
+    (run / "stop").touch()
+    finish(pair, 60)
+    assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
+
+    shutil.copytree(tmp_path / "runs", tmp_path / "copies", symlinks=True)
+    for root, processes, extra in (("runs", 1, ()), ("copies", 4, (SHARDED,))):
+        place = (f"--run.root={root}", "--run.name=sharded")
+        resumed = launch(*settings, *place, *extra, cwd=tmp_path, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        run = tmp_path / root / "sharded"
+        starts = [(entry["processes"], entry["fsdp"]) for entry in json.loads((run / "environment.json").read_text())]
+        assert starts == [(2, True), (processes, bool(extra))]
+        assert_same_training(tmp_path / "runs" / "whole", run)
+
+
+PARTS = """
+import torch, json, sys
+from accelerate import Accelerator
+from torch import nn
+from lockstep.sharding import gathered, local, part_of, shard, whole
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+before = {name: value.clone() for name, value in model.state_dict().items()}
+shard(model, compress_gradients=False)
+held = sum(local(parameter).numel() for parameter in model.parameters())
+for name, value in model.state_dict().items():
+    assert torch.equal(whole(value), before[name]), name
+    assert torch.equal(local(part_of(before[name], value)), local(value)), name
+model.eval()
+images = torch.ones(2, 3)
+with torch.no_grad(), gathered(model):
+    for _ in range(1 + accelerator.process_index):  # as many as it likes: nobody waits
+        logits = model(images)
+counts = accelerator.gather(torch.tensor([held])).tolist()
+if accelerator.is_main_process:
+    print(json.dumps({"counts": counts, "logits": logits.tolist()}))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_parts_make_up_the_whole_and_gathered_weights_need_nobody(tmp_path: Path) -> None:
+    """Three processes, among which no dimension of the network divides."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "parts.py"]
+    done = finish(start(command, tmp_path), 120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert sum(result["counts"]) == 15 + 5 + 5 + 5 + 10 + 2 and max(result["counts"]) < 42 / 2
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval()
+    assert torch.allclose(model(torch.ones(2, 3)), torch.tensor(result["logits"]))
