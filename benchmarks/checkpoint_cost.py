@@ -1,9 +1,11 @@
 """What checkpoints cost the loop: steps with one every 50 against steps with none, in turn, in one process.
 
-    python benchmarks/checkpoint_cost.py
+    python benchmarks/checkpoint_cost.py                        # a quarter of an hour on two cores
+    python benchmarks/checkpoint_cost.py --model fashion_cnn
 
-ResNet-18 (11 M weights and their momentum: 90 MB a checkpoint) on synthetic 32x32 images, fp32. Not yet run to its
-end on an idle machine: no figure comes from it.
+Synthetic 32x32 images, batches of 64, fp32. Measured on a 2-core AMD EPYC, steps with checkpoints / steps without:
+ResNet-18 (90 MB a checkpoint, 50 steps in 66 s): 0.974, which is noise; fashion_cnn (7 s): 1.007, again 1.004;
+tiny_cnn (0.6 s, so a checkpoint twice a second): 1.036.
 """
 
 import argparse
@@ -30,11 +32,11 @@ STEPS_BETWEEN_CHECKPOINTS = 50
 class Loop:
     """A training with a checkpointer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, network: str) -> None:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         torch.manual_seed(0)
-        self.model = build_model(ModelConfig(name="timm/resnet18"), (3, 32, 32), 10).to(self.device)
+        self.model = build_model(ModelConfig(name=network), (3, 32, 32), 10).to(self.device)
         self.images = torch.rand(BATCH_SIZE, 3, 32, 32, device=self.device)
         self.labels = torch.randint(10, (BATCH_SIZE,), device=self.device)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
@@ -66,10 +68,11 @@ class Loop:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each kind")
+    parser.add_argument("--model", default="timm/resnet18", help="a name as --model.name takes it")
     options = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="runs") as folder:  # on the disk that runs are on, not a folder in memory
-        loop = Loop(Path(folder))
+        loop = Loop(Path(folder), options.model)
         loop.seconds(10, saves=True)
         loop.checkpointer.wait()
         with_saves, without = [], []

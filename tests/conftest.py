@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,6 +131,20 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         if any(part.endswith("train.py") for part in child.cmdline()) and "accelerate" not in " ".join(child.cmdline())
     ]
     return sorted(children, key=lambda child: int(child.environ().get("RANK", 0)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """`runs` is 4 MiB of tmpfs: a disk that can be filled, and made read-only."""
+    place = tmp_path / "runs"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture

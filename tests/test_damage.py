@@ -1,7 +1,6 @@
 """What accidents do to a whole program: one clear line, at most the steps since the checkpoint before are lost."""
 
 import contextlib
-import os
 import re
 import shutil
 import signal
@@ -137,20 +136,6 @@ def test_other_damage_costs_the_steps_since_the_newest_checkpoint(
 
 
 # ---- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """4 MiB of tmpfs in the place of the runs."""
-    place = tmp_path / "runs"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])

@@ -37,7 +37,7 @@ def texts(axes) -> list[str]:
 
 
 def test_curves_have_three_panels_over_fractional_epochs(tmp_path: Path) -> None:
-    records = [*history(), {"step": 400, "epoch": 4, "split": "test", "loss": 0.123, "accuracy": 0.961}]
+    records = [*history(), {"step": 400, "best_step": 300, "split": "test", "loss": 0.123, "accuracy": 0.961}]
     figure = plot_curves(records, tmp_path / "curves.png")
     assert png(tmp_path / "curves.png").shape == (570, 1800, 3)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy", "Learning rate"]
@@ -46,7 +46,7 @@ def test_curves_have_three_panels_over_fractional_epochs(tmp_path: Path) -> None
     assert train.get_xdata()[0] == pytest.approx(0.25) and train.get_xdata()[-1] == pytest.approx(4)
     assert list(val.get_xdata()) == pytest.approx([1, 2, 3, 4])
     assert list(val.get_ydata()) == pytest.approx([0.03, 0.015, 0.01, 0.0075])
-    assert (test.get_xdata()[0], test.get_ydata()[0]) == pytest.approx((4, 0.123))
+    assert (test.get_xdata()[0], test.get_ydata()[0]) == pytest.approx((3, 0.123))
     assert "100 %" in [label.get_text() for label in accuracy.get_yticklabels()]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["train", "val", "test 96.1 %"]
     assert len(lr.lines) == 1

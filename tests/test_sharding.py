@@ -1,13 +1,13 @@
 """FSDP2 on real processes: the same training as without it, and checkpoints that either can go on from."""
 
 import json
-import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, launch, launch_command, start, wait_for_step
+from conftest import finish, launch, launch_command, ranks_of, start, wait_for_step
 from test_launches import EVERYTHING, PROOF, assert_same_training
 from torch import nn
 
@@ -16,27 +16,25 @@ pytestmark = pytest.mark.launch
 SHARDED = "--runtime.fsdp=true"
 
 
-def test_sharded_training_is_the_same_and_moves_to_other_launches(tmp_path: Path) -> None:
+def test_one_training_begins_whole_goes_on_sharded_and_ends_whole(tmp_path: Path) -> None:
     settings = (*PROOF, *EVERYTHING, f"--data.cache_dir={tmp_path / 'cache'}")
-    whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    alone = launch(*settings, "--run.name=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr[-3000:]
 
-    run = tmp_path / "runs" / "sharded"
-    pair = start([*launch_command(2, "train.py"), *settings, SHARDED, "--run.name=sharded"], tmp_path)
-    wait_for_step(run, 3, pair)
-    (run / "stop").touch()
-    finish(pair, 60)
-    assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
-
-    shutil.copytree(tmp_path / "runs", tmp_path / "copies", symlinks=True)
-    for root, processes, extra in (("runs", 1, ()), ("copies", 4, (SHARDED,))):
-        place = (f"--run.root={root}", "--run.name=sharded")
-        resumed = launch(*settings, *place, *extra, cwd=tmp_path, processes=processes)
-        assert resumed.returncode == 0, resumed.stderr[-3000:]
-        run = tmp_path / root / "sharded"
-        starts = [(entry["processes"], entry["fsdp"]) for entry in json.loads((run / "environment.json").read_text())]
-        assert starts == [(2, True), (processes, bool(extra))]
-        assert_same_training(tmp_path / "runs" / "whole", run)
+    run = tmp_path / "runs" / "moved"
+    for processes, stop_at, extra in ((1, 3, ()), (2, 8, (SHARDED,))):
+        command = [*launch_command(processes, "train.py"), *settings, *extra, "--run.name=moved"]
+        process = start(command, tmp_path)
+        wait_for_step(run, stop_at, process)
+        ranks_of(process)[-1].send_signal(signal.SIGUSR2)
+        finish(process, 60)
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["state"] == "preempted" and stop_at <= summary["steps"] < 15
+    resumed = launch(*settings, "--run.name=moved", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    starts = [(entry["processes"], entry["fsdp"]) for entry in json.loads((run / "environment.json").read_text())]
+    assert starts == [(1, False), (2, True), (1, False)]
+    assert_same_training(tmp_path / "runs" / "alone", run)
 
 
 PARTS = """

@@ -173,10 +173,12 @@ def test_console_prints_a_line_per_record(tmp_path: Path, capsys) -> None:
         | {"lr": 0.00095, "images_per_second": 5412.3}
     )
     tracker.log({"step": 150, "epoch": 4, "split": "val", "loss": torch.tensor(0.2), "accuracy": 0.95})
+    tracker.log({"step": 450, "epoch": 10, "best_step": 300, "split": "test", "loss": 0.2, "accuracy": 0.95})
     tracker.say("saved")
     assert capsys.readouterr().out.splitlines() == [
         "step 150/450  epoch 4/10  loss 0.1230  accuracy 96.1 %  lr 0.00095  5,412 images/s",
         "val    step 150/450  epoch 4/10  loss 0.2000  accuracy 95.0 %",
+        "test   step 300/450  loss 0.2000  accuracy 95.0 %",
         "saved",
     ]
 

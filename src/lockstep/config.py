@@ -360,6 +360,8 @@ class RuntimeConfig:
     """Send gradients between processes as bf16: half the bytes; leaves the promise, too"""
     fsdp: bool = False
     """Each process keeps a part of weights, average and optimizer state (FSDP2); true if the launcher says FSDP"""
+    bucket_view: bool = True
+    """DDP: gradients live in the buffers that are sent, which saves a copy of them"""
     static_graph: bool = False
     """DDP: take the graph of the first step for granted; not with accumulation"""
     profile: bool = False
@@ -457,7 +459,7 @@ _SHAPELESS = {
     "data": {"root", "cache_dir", "workers"},
     "model": {"summary"},
     "train": {"max_bad_steps"},
-    "runtime": {"compile", "threads", "profile", "fsdp", "static_graph"},
+    "runtime": {"compile", "threads", "profile", "fsdp", "bucket_view", "static_graph"},
     "checkpoint": {"every_steps", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }

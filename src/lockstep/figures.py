@@ -130,9 +130,12 @@ def _epochs_per_step(history: Sequence[dict[str, Any]]) -> float:
 
 
 def _series(history: Sequence[dict[str, Any]], split: str, key: str, scale: float) -> list[tuple[float, float]]:
-    """(epoch, value) of the records that have the value; NaN stays, as a gap in the line."""
+    """(epoch, value) of the records that have the value; NaN stays, as a gap in the line.
+
+    A test stands at the step whose weights were tested.
+    """
     records = [record for record in history if record.get("split") == split and record.get(key) is not None]
-    return [(record.get("step", 0) * scale, float(record[key])) for record in records]
+    return [(record.get("best_step", record.get("step", 0)) * scale, float(record[key])) for record in records]
 
 
 def _draw_metric(

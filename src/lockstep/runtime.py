@@ -148,7 +148,7 @@ def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
     hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(
         broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
-        gradient_as_bucket_view=True,
+        gradient_as_bucket_view=config.bucket_view,
         static_graph=config.static_graph,
         comm_hook=hook,
     )

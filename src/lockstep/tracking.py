@@ -374,6 +374,8 @@ class _Console:
     def _line(self, record: dict[str, Any], *, bar: bool = False) -> str:
         """`step 150/450  epoch 4/12  loss 0.1230  accuracy 96.1 %  lr 0.00095  5,412 images/s`; a bar has the step."""
         total = "" if self._total_steps is None else f"/{self._total_steps}"
+        if "best_step" in record:  # whose weights were tested
+            record = {**record, "step": record["best_step"], "epoch": None}
         shown = {
             "step": f"step {{}}{total}",
             "epoch": f"epoch {{:.4g}}/{self._epochs}",
