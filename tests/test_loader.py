@@ -1,14 +1,18 @@
 """Loaders: every launch together sees the sampler's microbatches, cached or streamed, whatever the workers."""
 
 import multiprocessing
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from conftest import ROOT, start
 from PIL import Image
 
 from lockstep.config import AugmentConfig, CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
@@ -141,6 +145,42 @@ def test_workers_leave_no_trace(tmp_path: Path, resized_crop: float) -> None:
     assert alone.precropped == (resized_crop > 0)
     helped = train_loader(replace(config, data=replace(config.data, workers=2)), tmp_path)
     assert_equal(alone.batches(range(5)), helped.batches(range(5)))
+
+
+STREAMING = """
+import sys, time
+from pathlib import Path
+from lockstep.config import Config, DataConfig
+from lockstep.data import loader
+from test_loader import launch_of
+
+begin = loader._begin_work
+
+def begin_late(program, worker):
+    Path("worker").write_text(str(loader.os.getpid()))
+    time.sleep(float(sys.argv[1]))
+    begin(program, worker)
+    time.sleep(1000)
+
+loader._begin_work = begin_late
+next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1)), launch_of())))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_worker_dies_with_its_program_even_if_it_had_not_begun(seconds: int, tmp_path: Path) -> None:
+    """torch's own watch over its program starts after that: such a worker stayed for ever."""
+    program = start([sys.executable, "-c", STREAMING, str(seconds)], tmp_path, PYTHONPATH=str(ROOT / "tests"))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        assert time.monotonic() < deadline and program.poll() is None, program.communicate()
+        time.sleep(0.02)
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    time.sleep(0 if seconds else 1)
+    program.kill()
+    program.wait()
+    assert not psutil.wait_procs([worker], timeout=20)[1], "an orphan"
 
 
 def test_random_crops_of_large_images_follow_their_keys(tmp_path: Path) -> None:

@@ -118,12 +118,17 @@ def _end_with_launcher() -> None:
     """
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_death_of_parent(signal.SIGTERM)
     with contextlib.suppress(OSError):
         # It may have died during the imports. In a container it may itself be process 1.
         if os.getppid() == 1 and not Path("/proc/1/comm").read_text().startswith(("python", "accelerate", "torchrun")):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signal_at_death_of_parent(number: signal.Signals) -> None:
+    """Let Linux send this process a signal when the one that started it dies; elsewhere, do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def local_processes() -> int:

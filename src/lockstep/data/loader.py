@@ -4,9 +4,12 @@ A decoded set is indexed directly: no workers, no copies of what is not used. A 
 DataLoader whose batches are given by the sampler, so that workers only decide when something is decoded, never what.
 """
 
+import multiprocessing
+import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ from lockstep.augment import crop_boxes
 from lockstep.config import Config
 from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.randomness import sample_keys
-from lockstep.runtime import Launch
+from lockstep.runtime import Launch, signal_at_death_of_parent
 from lockstep.sampler import Microbatch, Sampler
 
 # Samples of one evaluation batch. Fixed, and batches are dealt to processes whole, so that each sample is computed
@@ -130,10 +133,17 @@ class _Decoder(Dataset):
         return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
 
 
-def _leave_signals_to_the_program(worker: int) -> None:
-    """A scheduler signals every process of a job: a worker that died of it would end training before it has saved."""
+def _begin_work(program: int, worker: int) -> None:
+    """The first thing a worker does: leave signals to the program, whose process `program` is, and die with it.
+
+    A scheduler signals every process of a job: a worker that died of it would end training before it has saved.
+    torch's workers look for their program every few seconds, and for ever if it was killed while they began.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_death_of_parent(signal.SIGKILL)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != program:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _data_loader(
@@ -146,7 +156,7 @@ def _data_loader(
         num_workers=workers,
         pin_memory=launch.device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_program,
+        worker_init_fn=partial(_begin_work, os.getpid()),
     )
     try:
         yield from loader
