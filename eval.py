@@ -25,7 +25,7 @@ from lockstep.data.loader import EvaluationLoader
 from lockstep.evaluate import evaluate
 from lockstep.models import build_model
 from lockstep.report import class_table, draw_confusion, write_predictions
-from lockstep.runtime import build_accelerator, end_process_group
+from lockstep.runtime import build_accelerator, end_program
 
 
 def evaluate_checkpoint(request: Evaluation) -> None:
@@ -58,4 +58,4 @@ def evaluate_checkpoint(request: Evaluation) -> None:
 if __name__ == "__main__":
     with one_line_errors():
         evaluate_checkpoint(request)
-        end_process_group()
+        end_program()

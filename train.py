@@ -36,7 +36,7 @@ from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, tra
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.report import Diverged, open_tracker, report_divergence, report_pause, report_training
 from lockstep.run import Run, open_run
-from lockstep.runtime import Launch, Profiler, build_accelerator, end_process_group, resolve_micro_batch_size
+from lockstep.runtime import Launch, Profiler, build_accelerator, end_program, resolve_micro_batch_size
 from lockstep.sampler import build_sampler
 from lockstep.schedule import build_schedule
 from lockstep.sharding import prepare, shard
@@ -170,5 +170,5 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
 if __name__ == "__main__":
     with one_line_errors():
         code = train(settings)
-        end_process_group()
+        end_program()
     sys.exit(code)

@@ -158,6 +158,22 @@ def test_launcher_that_dies_leaves_a_saved_run_and_no_orphan(number: signal.Sign
     assert json.loads((run / "summary.json").read_text())["state"] == "preempted"
 
 
+@pytest.mark.launch
+def test_signals_after_the_end_change_nothing(tmp_path: Path) -> None:
+    """A scheduler's signal for a job that has just finished must not make it a failed one."""
+    process = start([sys.executable, str(ROOT / "train.py"), *QUICK, "--run.name=done"], tmp_path)
+    summary = tmp_path / "runs" / "done" / "summary.json"
+    while not summary.exists() or json.loads(summary.read_text()).get("state") != "finished":
+        assert process.poll() is None
+        time.sleep(0.005)
+    while process.poll() is None:
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            process.send_signal(number)
+        time.sleep(0.001)
+    assert process.returncode == 0
+    assert not (tmp_path / "runs" / "done" / "preempted").exists()
+
+
 def torchrun(processes: int) -> list[str]:
     options = ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
     return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]

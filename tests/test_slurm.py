@@ -211,6 +211,7 @@ def test_array_trains_each_task_alone_and_fails_one_that_is_not_there(tasks: int
     sweep = f"program: train.py\nmethod: grid\nparameters: {{optim.lr: {{values: {rates}}}}}\n"
     (site.folder / name).write_text(sweep)
     settings = [setting for setting in RECIPE if not setting.startswith("--optim.lr")]
+    settings.append(f"--run.seed={tasks}")  # no run of another array
     one = (f"--array=0-{tasks}%3", "--gpus-per-node=1", "--cpus-per-task=1")
     job = site.submit("array_sweep", name, *settings, "--train.epochs=1", options=one)
     ends = [(end.task, end.state, end.exit_code) for end in site.finish(job)]
@@ -332,7 +333,7 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     before = template.read_text()
     template.write_text(re.sub(r"MAX_RESTARTS=\d+", "MAX_RESTARTS=1", before))
     try:
-        job = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited", options=ONE_EACH)
+        job = site.submit("multi_node", *RECIPE, "--train.epochs=400", "--run.name=limited", options=ONE_EACH)
     finally:
         template.write_text(before)
     site.run_at_step("limited", 10, job)
@@ -347,7 +348,7 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     assert "not started again: MAX_RESTARTS=1" in site.printed(job)
 
     fewer = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1")
-    stopped = site.submit("multi_node", *RECIPE, LONG, "--run.name=limited", options=fewer)
+    stopped = site.submit("multi_node", *RECIPE, "--train.epochs=400", "--run.name=limited", options=fewer)
     step = json.loads((run / "summary.json").read_text())["steps"]
     site.run_at_step("limited", step + 10, stopped)
     (run / "stop").touch()
