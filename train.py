@@ -80,8 +80,7 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
     model = build_network(config, data, launch.device, resumes=resumes)
     if config.model.summary:
         launch.say(summarize_model(model, data.image_shape))
-    if launch.is_sharded:
-        shard(model, compress_gradients=config.runtime.compress_gradients)
+    shard(model, launch, compress_gradients=config.runtime.compress_gradients)
     average = build_average(config.train, model)
     network, optimizer = prepare(accelerator, model, build_optimizer(config.optim, model))
     checkpointer = Checkpointer(run, accelerator, model, optimizer, average)
@@ -119,9 +118,8 @@ def fit(config: Config, run: Run, accelerator: Accelerator, launch: Launch, pree
         step = progress.step
         lr = set_lr(optimizer, schedule.lr_at(step, progress.val_losses))
         for number in loader.numbers:
-            seed = (config.run.seed, step, number)
-            images, targets = transform.train_batch(*next(batches), seed)
-            seed_microbatch(*seed)
+            images, targets = transform.train_batch(*next(batches), (config.run.seed, step, number))
+            seed_microbatch(config.run.seed, step, number)
             # DDP or FSDP2 averages over processes once per step, together with the last microbatch.
             with nullcontext() if number == loader.numbers[-1] else accelerator.no_sync(network):
                 logits = network(images)

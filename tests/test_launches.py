@@ -9,11 +9,12 @@ rounding error by its epsilon of 1e-8) and an L1 penalty (whose gradient jumps a
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import finish, launch, launch_command, ranks_of, read_lines, start, wait_for_step
+from conftest import ROOT, finish, launch, read_lines, start, wait_for_step
 
 from lockstep.checkpoint import load_weights
 from lockstep.compare import relative_differences
@@ -104,17 +105,16 @@ def test_a_compiled_run_goes_on_uncompiled(tmp_path: Path) -> None:
     """With dropout, which the compiler would draw its own way."""
     settings = (*PROOF, "--model.name=tiny_cnn", "--train.max_steps=60", "--train.epochs=20")
     settings += (f"--data.cache_dir={tmp_path / 'cache'}",)
-    whole = launch(*settings, "--run.name=whole", cwd=tmp_path)
+    program = [sys.executable, str(ROOT / "train.py"), *settings]
+    whole = finish(start([*program, "--run.name=whole"], tmp_path), 120)
     assert whole.returncode == 0, whole.stderr[-3000:]
     run = tmp_path / "runs" / "compiled"
-    process = start(
-        [*launch_command(1, "train.py"), *settings, "--runtime.compile=true", "--run.name=compiled"], tmp_path
-    )
+    process = start([*program, "--runtime.compile=true", "--run.name=compiled"], tmp_path)
     wait_for_step(run, 1, process)
-    ranks_of(process)[0].send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     finish(process, 60)
     assert 1 <= json.loads((run / "summary.json").read_text())["steps"] < 60
-    resumed = launch(*settings, "--run.name=compiled", cwd=tmp_path)
+    resumed = finish(start([*program, "--run.name=compiled"], tmp_path), 120)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     starts = json.loads((run / "environment.json").read_text())
     assert ["--runtime.compile=true" in entry["command"] for entry in starts] == [True, False]

@@ -27,6 +27,7 @@ ORDER = [
     "sampler",
     "augment",
     "loss",
+    "sharding",
     "optim",
     "schedule",
     "ema",

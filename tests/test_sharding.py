@@ -7,30 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, launch, launch_command, ranks_of, start, wait_for_step
+from conftest import ROOT, finish, launch_command, ranks_of, start, wait_for_step
 from test_launches import EVERYTHING, PROOF, assert_same_training
 from torch import nn
 
 pytestmark = pytest.mark.launch
 
-SHARDED = "--runtime.fsdp=true"
+ALONE = [sys.executable, str(ROOT / "train.py")]
 
 
 def test_one_training_begins_whole_goes_on_sharded_and_ends_whole(tmp_path: Path) -> None:
     settings = (*PROOF, *EVERYTHING, f"--data.cache_dir={tmp_path / 'cache'}")
-    alone = launch(*settings, "--run.name=alone", cwd=tmp_path)
+    alone = finish(start([*ALONE, *settings, "--run.name=alone"], tmp_path), 120)
     assert alone.returncode == 0, alone.stderr[-3000:]
 
     run = tmp_path / "runs" / "moved"
-    for processes, stop_at, extra in ((1, 3, ()), (2, 8, (SHARDED,))):
-        command = [*launch_command(processes, "train.py"), *settings, *extra, "--run.name=moved"]
-        process = start(command, tmp_path)
+    pair = [*launch_command(2, "train.py"), "--runtime.fsdp=true"]
+    for command, stop_at in ((ALONE, 3), (pair, 8)):
+        process = start([*command, *settings, "--run.name=moved"], tmp_path)
         wait_for_step(run, stop_at, process)
-        ranks_of(process)[-1].send_signal(signal.SIGUSR2)
+        (ranks_of(process) or [process])[-1].send_signal(signal.SIGUSR2)
         finish(process, 60)
         summary = json.loads((run / "summary.json").read_text())
         assert summary["state"] == "preempted" and stop_at <= summary["steps"] < 15
-    resumed = launch(*settings, "--run.name=moved", cwd=tmp_path)
+    resumed = finish(start([*ALONE, *settings, "--run.name=moved"], tmp_path), 120)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     starts = [(entry["processes"], entry["fsdp"]) for entry in json.loads((run / "environment.json").read_text())]
     assert starts == [(1, False), (2, True), (1, False)]
@@ -41,13 +41,15 @@ PARTS = """
 import torch, json, sys
 from accelerate import Accelerator
 from torch import nn
+from lockstep.runtime import Launch
 from lockstep.sharding import gathered, local, part_of, shard, whole
 
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
 before = {name: value.clone() for name, value in model.state_dict().items()}
-shard(model, compress_gradients=False)
+launch = Launch(accelerator.device, accelerator.num_processes, 0, 0, "no", 1, is_sharded=True)
+shard(model, launch, compress_gradients=False)
 held = sum(local(parameter).numel() for parameter in model.parameters())
 for name, value in model.state_dict().items():
     assert torch.equal(whole(value), before[name]), name

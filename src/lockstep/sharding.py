@@ -16,14 +16,17 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from lockstep.runtime import Launch
 
-def shard(model: nn.Module, *, compress_gradients: bool) -> None:
-    """Cut the parameters of a network, in place; the process group exists. `compress_gradients` sends them as bf16."""
+
+def shard(model: nn.Module, launch: Launch, *, compress_gradients: bool) -> None:
+    """Cut the parameters of a network, in place, if the launch asks for it; `compress_gradients` sends them as bf16."""
+    if not launch.is_sharded:
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(launch.device.type, (launch.num_processes,))
     model.to(memory_format=torch.contiguous_format)  # FSDP2 refuses parameters in another layout (torch 2.15)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
