@@ -288,8 +288,7 @@ def strike(training: Training, plan: Plan, victim: str) -> Kill | None:
     ranks = training.ranks
     if victim == "launcher" and training.launcher:
         send(training.launcher, signal.SIGKILL)
-    elif victim == "rank" and len(ranks) > 1 and (training.launcher or training.phase() != "start-up"):
-        # Without a launcher nobody tells a rank that the other will never come: it waits half an hour to meet it.
+    elif victim == "rank" and len(ranks) > 1:
         send(moments.choice(ranks), signal.SIGKILL)
     else:
         victim = "all"
