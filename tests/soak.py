@@ -43,6 +43,7 @@ TINY = (
     "--schedule.name=plateau",
     "--checkpoint.every_steps=2",
     "--runtime.threads=1",
+    "--runtime.rendezvous_seconds=10",
     "--log.every_steps=1",
     "--log.wandb=disabled",
     "--log.tensorboard=false",

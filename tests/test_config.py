@@ -103,6 +103,7 @@ def configured(**settings: Any) -> Config:
         ),
         ({"train__batch_size": 32, "train__micro_batch_size": 48}, ["=32", "=48", "nearest that is: 48"]),
         ({"runtime__threads": 0}, ["--runtime.threads=0"]),
+        ({"runtime__rendezvous_seconds": 0}, ["--runtime.rendezvous_seconds=0"]),
         (
             {"runtime__dtype": "float64", "runtime__precision": "bf16"},
             ["--runtime.dtype=float64", "--runtime.precision=bf16"],
@@ -189,7 +190,7 @@ SHAPELESS = {
     "run.name", "run.root", "run.resume", "run.max_hours", "run.notes", "run.tags", "run.group",
     "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
     "runtime.compile", "runtime.threads", "runtime.profile", "runtime.fsdp",
-    "runtime.bucket_view", "runtime.static_graph",
+    "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
 }  # fmt: skip
@@ -219,7 +220,7 @@ def test_shaping_settings_are_named_as_on_the_command_line() -> None:
 
 
 def test_there_are_few_settings() -> None:
-    assert 50 < len(SETTINGS) <= 96
+    assert 50 < len(SETTINGS) <= 97
 
 
 @pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)

@@ -217,6 +217,19 @@ def test_a_killed_rank_ends_the_others_with_one_line(
     assert goes_on_as_if_nothing_had_been(begun, "pair", server, references)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_before_the_ranks_meet_does_not_leave_the_others_waiting(
+    victim: int, tmp_path: Path, server: ForkServer
+) -> None:
+    """With a launcher, the launcher would end them."""
+    begun = Training(FORMS["pair"], tmp_path, server, "--runtime.rendezvous_seconds=1")
+    send(begun.ranks[victim], signal.SIGKILL)
+    assert begun.finish() == -signal.SIGKILL and begun.seconds < 2 * GONE_SECONDS
+    (line,) = lines_of(begun, "^error: ")
+    assert f"process {1 - victim} of 2 did not meet the others at 127.0.0.1:" in line
+    assert "--runtime.rendezvous_seconds=1" in line and "Traceback" not in begun.output()
+
+
 def goes_on_as_if_nothing_had_been(
     begun: Training, form: str, server: ForkServer, references: Callable[[str], Path]
 ) -> bool:

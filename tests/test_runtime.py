@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import finish, free_port, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,30 @@ def test_threads_are_the_cores_that_a_process_owns(all_cores: set[int], tmp_path
     assert crowded == [1, 1]
     assert given == [1, 1], "SLURM gave one core, and did not bind the process to it"
     assert quotas == [[1, 1], [1, 1], [owned, owned]], "a container of 1.5 or 0.5 cores, and one without a limit"
+
+
+LATE = """
+import os, time
+from accelerate import Accelerator
+from lockstep.config import RuntimeConfig
+from lockstep.runtime import build_accelerator
+accelerator, launch = build_accelerator(RuntimeConfig(rendezvous_seconds=1))
+begun = time.monotonic()
+time.sleep(3 * launch.process_index)
+accelerator.wait_for_everyone()
+print(launch.num_processes, time.monotonic() - begun > 2)
+"""
+
+
+def test_the_short_wait_is_for_the_start_only(tmp_path: Path) -> None:
+    """One process may prepare data for minutes, later, while the others wait."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start([sys.executable, "-c", LATE], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank in range(2)
+    ]
+    for done in [finish(rank, 60) for rank in ranks]:
+        assert done.stdout == "2 True\n", done.stderr
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,11 +364,15 @@ class RuntimeConfig:
     """DDP: gradients live in the buffers that are sent, which saves a copy of them"""
     static_graph: bool = False
     """DDP: take the graph of the first step for granted; not with accumulation"""
+    rendezvous_seconds: int = 300
+    """How long processes wait for one another at the start before they give up"""
     profile: bool = False
     """Write a torch profiler trace of steps 10 to 15 to the run folder"""
 
     def __post_init__(self) -> None:
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
+        seconds = self.rendezvous_seconds
+        _require(seconds >= 1, f"--runtime.rendezvous_seconds={seconds} must be at least 1")
         _require(
             self.dtype == "float32" or self.precision in ("launch", "no"),
             f"--runtime.dtype=float64 cannot be combined with --runtime.precision={self.precision}",
@@ -459,7 +463,7 @@ _SHAPELESS = {
     "data": {"root", "cache_dir", "workers"},
     "model": {"summary"},
     "train": {"max_bad_steps"},
-    "runtime": {"compile", "threads", "profile", "fsdp", "bucket_view", "static_graph"},
+    "runtime": {"compile", "threads", "profile", "fsdp", "bucket_view", "static_graph", "rendezvous_seconds"},
     "checkpoint": {"every_steps", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }
