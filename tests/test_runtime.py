@@ -1,6 +1,7 @@
 """Guards on the launch: what is not what it seems is refused, with a line that says what to do."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,6 +188,28 @@ def test_the_short_wait_is_for_the_start_only(tmp_path: Path) -> None:
     ]
     for done in [finish(rank, 60) for rank in ranks]:
         assert done.stdout == "2 True\n", done.stderr
+
+
+KILLED = """
+import os, signal, sys
+from accelerate import Accelerator
+from lockstep.config import RuntimeConfig
+from lockstep.runtime import build_accelerator
+Accelerator(cpu=True).wait_for_everyone()  # both have the first group
+if sys.argv[1:] == ["killed"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+build_accelerator(RuntimeConfig(rendezvous_seconds=1))
+"""
+
+
+def test_a_process_killed_halfway_through_the_meeting_leaves_nobody_waiting(tmp_path: Path) -> None:
+    """The other has a process group of two already, and makes the second group alone."""
+    (tmp_path / "meet.py").write_text(KILLED)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    killed = start([sys.executable, "meet.py", "killed"], tmp_path, RANK="1", LOCAL_RANK="1", **meeting)
+    other = start([sys.executable, "meet.py"], tmp_path, RANK="0", LOCAL_RANK="0", **meeting)
+    assert finish(killed, 60).returncode == -signal.SIGKILL
+    assert "did not meet the others" in finish(other, 30).stderr
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ class Preemption:
         self._deadline = None if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
         self._max_hours = config.max_hours
         self._next_look = 0.0
-        self._group: Any = dist.new_group(backend="gloo") if launch.num_processes > 1 else None
+        self._group = launch.host_group
         self._pending: tuple[Any, torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._on_signal)

@@ -41,6 +41,8 @@ class Launch:
     """CPU cores this process may use as its own"""
     is_sharded: bool = False
     """FSDP2 instead of DDP"""
+    host_group: Any = None
+    """Process group of its own for words between hosts (gloo, also where gradients go by NCCL); None: one process"""
 
     @property
     def is_main(self) -> bool:
@@ -85,7 +87,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     precision = _precision(config, on_cpu)
     _refuse_lonely_launch()
     shards = _shards(config, precision)
-    accelerator = _meet(config, precision, on_cpu)
+    accelerator, host_group = _meet(config, precision, on_cpu)
     _require_world_size(accelerator)
     cores = max(1, _cores_of_job() // local_processes())
     torch.set_num_threads(config.threads or cores)
@@ -100,23 +102,27 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         precision,
         cores,
         is_sharded=shards and accelerator.num_processes > 1,
+        host_group=host_group,
     )
 
 
-def _meet(config: RuntimeConfig, precision: str, on_cpu: bool) -> Accelerator:
-    """Build the process group; raises ValueError if the other processes do not come.
+def _meet(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accelerator, Any]:
+    """Build both process groups, the second one for words between hosts; ValueError if the other processes do not come.
 
     Without a launcher nobody ends the ones that wait. Measured with torch 2.15: a process whose peer was killed while
     they met notices after one to three times the wait, because it tries again.
     """
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.rendezvous_seconds))
+    wait = timedelta(seconds=config.rendezvous_seconds)
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=precision,
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[_ddp_options(config), group],
+            kwargs_handlers=[_ddp_options(config), InitProcessGroupKwargs(timeout=wait)],
         )
+        if not distributed.is_initialized():
+            return accelerator, None
+        host_group: Any = distributed.new_group(backend="gloo", timeout=wait)
     except (distributed.DistStoreError, distributed.DistNetworkError) as silence:
         rank, world_size, address, port = (
             os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,11 +132,12 @@ def _meet(config: RuntimeConfig, precision: str, on_cpu: bool) -> Accelerator:
             f"process {rank} of {world_size} did not meet the others at {address}:{port} ({reason}): one of them may "
             f"have ended, or need longer than --runtime.rendezvous_seconds={config.rendezvous_seconds}"
         ) from silence
-    if distributed.is_initialized():
-        accelerator.wait_for_everyone()  # NCCL connects in its first collective, within the short wait too
-        set_timeout = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)  # torch < 2.15
-        set_timeout(timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS))
-    return accelerator
+    accelerator.wait_for_everyone()  # NCCL connects in its first collective
+    # Later, one process may prepare data for long while the others wait. torch < 2.15 has a private name for it.
+    set_timeout = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)
+    for group in (None, host_group):
+        set_timeout(timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS), group)
+    return accelerator, host_group
 
 
 def _end_with_launcher() -> None:
