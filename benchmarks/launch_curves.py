@@ -50,7 +50,7 @@ def main() -> None:
             name = f"{processes} x {4 // processes}"
             out = f"{place}/{processes}.json"
             start(processes, 29600 + number, "benchmarks/plain_accelerate.py", "--out", out)
-            plain[name] = json.loads(Path(out).read_text())
+            plain[name] = json.loads(Path(out).read_text())["losses"]
             start(processes, 29610 + number, "train.py", f"--run.root={place}", f"--run.name={processes}", *SETTINGS)
             lines = [json.loads(line) for line in Path(place, str(processes), "metrics.jsonl").read_text().splitlines()]
             ours[name] = [line["loss"] for line in lines if line["split"] == "train"]

@@ -1,18 +1,21 @@
-"""What one would write with Accelerate alone: the usual loop on the digits, for comparison with train.py.
+"""What one would write with Accelerate alone: the usual loop, for comparison with train.py.
 
-    accelerate launch benchmarks/plain_accelerate.py --out losses.json --micro_batch_size 64
+    accelerate launch benchmarks/plain_accelerate.py --out result.json --micro_batch_size 64
 
-Same data, network, loss, kinds of augmentation and (see launch_curves.py) optimizer and global batch; order, dropout,
-augmentation and batch norm as the libraries do them.
+Same data, network, loss, kinds of augmentation, optimizer and global batch as train.py with the settings of
+launch_curves.py or speed.py; order, dropout, augmentation and batch norm as the libraries do them. Writes the losses of
+the steps and the images per second of the epochs.
 """
 
 import argparse
 import json
+import time
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -20,19 +23,21 @@ from lockstep.config import DataConfig, ModelConfig
 from lockstep.data import draw_validation_split, open_source
 from lockstep.models import build_model
 
-BATCH_SIZE, EPOCHS = 256, 30
 
+class Images(Dataset):
+    """A tenth is held out. As torchvision's data sets do, gives the transform a PIL image made of an array."""
 
-class Digits(Dataset):
-    def __init__(self) -> None:
-        split = open_source(DataConfig()).splits["train"]
-        self.rows, _ = draw_validation_split(split.labels, 0.1, 0)
-        self.split = split
+    def __init__(self, source: str) -> None:
+        self.split = open_source(DataConfig(source=source)).splits["train"]
+        self.rows, _ = draw_validation_split(self.split.labels, 0.1, 0)
+        self.images = [Image.fromarray(self.split.read(int(row)).squeeze()) for row in self.rows]
+        size = self.images[0].height
+        moves = [v2.RandomAffine(degrees=10, scale=(0.9, 1.1))] if size == 8 else [v2.RandomHorizontalFlip()]
         self.transform = v2.Compose(
             [
+                v2.RandomCrop(size, padding=size // 8),
+                *moves,
                 v2.ToImage(),
-                v2.RandomCrop(8, padding=1),
-                v2.RandomAffine(degrees=10, scale=(0.9, 1.1)),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize([0.3], [0.38]),
             ]
@@ -42,27 +47,46 @@ class Digits(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        row = int(self.rows[index])
-        return self.transform(self.split.read(row)), int(self.split.labels[row])
+        return self.transform(self.images[index]), int(self.split.labels[int(self.rows[index])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
+    parser.add_argument("--source", default="embedded:digits")
+    parser.add_argument("--model", default="fashion_cnn")
+    parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--micro_batch_size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
     on_cpu = not torch.accelerator.is_available()
     processes = Accelerator(cpu=on_cpu).num_processes
-    accumulation = BATCH_SIZE // (options.micro_batch_size * processes)
+    accumulation = options.batch_size // (options.micro_batch_size * processes)
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=accumulation)
     set_seed(0)
-    model = build_model(ModelConfig(dropout=0.1), (1, 8, 8), 10)
-    loader = DataLoader(Digits(), batch_size=options.micro_batch_size, shuffle=True, drop_last=True)
+    images = Images(options.source)
+    channels = len(images.images[0].getbands())
+    model = build_model(
+        ModelConfig(name=options.model, dropout=0.1),
+        (channels, *images.images[0].size),
+        int(images.split.labels.max()) + 1,
+    )
+    loader = DataLoader(
+        images,
+        batch_size=options.micro_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        pin_memory=not on_cpu,
+        persistent_workers=options.workers > 0,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    losses, window = [], []
-    for _ in range(EPOCHS):
+    losses, window, rates = [], [], []
+    for _ in range(options.epochs):
+        begun, steps = time.perf_counter(), len(losses)
         for images, labels in loader:
             with accelerator.accumulate(model):
                 loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
@@ -73,9 +97,10 @@ def main() -> None:
             if accelerator.sync_gradients:
                 losses.append(sum(window) / len(window))
                 window = []
+        rates.append((len(losses) - steps) * options.batch_size / (time.perf_counter() - begun))
     if accelerator.is_main_process:
         with open(options.out, "w") as file:
-            json.dump(losses, file)
+            json.dump({"losses": losses, "images_per_second": rates}, file)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import QUICK, ROOT, finish, free_port, launch, launch_command, ranks_of, read_lines, start, wait_for_step
 
 from lockstep.checkpoint import load_weights, saved_steps
@@ -77,6 +80,51 @@ def test_only_the_main_process_looks_at_the_file(tmp_path: Path, own_signals: No
     assert not preemption.wanted()
 
 
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("step_seconds", "most_questions", "most_steps"), [(0.001, 15, 16), (0.3, 10, 1)])
+def test_short_steps_ask_seldom_and_long_ones_at_once(
+    step_seconds: float,
+    most_questions: int,
+    most_steps: int,
+    tmp_path: Path,
+    own_signals: None,
+    group: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    questions = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *given, **more: questions.append(1) or all_reduce(*given, **more))
+    preemption = Preemption(RunConfig(), tmp_path, replace(ALONE, num_processes=2, host_group=group))
+
+    def steps_until_agreed(limit: int) -> int:
+        for steps in range(limit):
+            time.sleep(step_seconds)
+            if preemption.agreed():
+                return steps
+        return limit
+
+    calls = 150 if step_seconds < 0.1 else 10
+    assert steps_until_agreed(calls) == calls
+    assert 8 <= len(questions) <= most_questions
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert steps_until_agreed(100) <= most_steps
+
+
+def test_a_question_that_waits_is_answered_as_of_now(tmp_path: Path, own_signals: None, group: Any) -> None:
+    preemption = Preemption(RunConfig(), tmp_path, replace(ALONE, num_processes=2, host_group=group))
+    for _ in range(5):
+        assert not preemption.agreed() and not preemption.agreed(wait=True)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert preemption.agreed(wait=True)
+
+
 def assert_gone(processes: list[psutil.Process], seconds: float = 30) -> None:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
@@ -131,7 +179,7 @@ def test_signal_to_every_process_of_the_job_exits_with_the_requeue_code(tmp_path
 
 @pytest.mark.launch
 def test_launcher_that_dies_while_its_ranks_start_takes_them_with_it(tmp_path: Path) -> None:
-    """They would look for it, to meet each other there, for half an hour."""
+    """They would look for it, to meet each other there, for minutes."""
     process = start([*launch_command(2, "train.py"), *LONG, "--run.name=x"], tmp_path)
     deadline = time.monotonic() + 60
     while len(ranks := ranks_of(process)) < 2:
