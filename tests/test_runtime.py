@@ -166,6 +166,30 @@ def test_threads_are_the_cores_that_a_process_owns(all_cores: set[int], tmp_path
     assert quotas == [[1, 1], [1, 1], [owned, owned]], "a container of 1.5 or 0.5 cores, and one without a limit"
 
 
+PAGES = """
+import resource, torch
+from lockstep.config import RuntimeConfig
+from lockstep.runtime import build_accelerator
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+build_accelerator(RuntimeConfig())
+faults()
+print(usual, faults())
+"""
+
+
+def test_a_step_finds_the_memory_of_the_step_before(tmp_path: Path) -> None:
+    done = finish(start([sys.executable, "-c", PAGES], tmp_path, ACCELERATE_USE_CPU="true"), 60)
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 20 and kept < usual / 10, done.stderr
+
+
 LATE = """
 import os, time
 from accelerate import Accelerator
