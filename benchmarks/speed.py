@@ -1,0 +1,98 @@
+"""How fast train.py is beside a plain Accelerate script of the same work: both as programs, in turn.
+
+    python benchmarks/speed.py                                        # ten minutes on two cores
+    python benchmarks/speed.py --model timm/resnet18 --images 2560
+
+Both are started by `accelerate launch` with the same precision and train the same network on random 32x32 images with
+random crops and flips, batches of 256. Images per second of training, without the first epoch; medians over rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH_SIZE, EPOCHS = 256, 3
+SETTINGS = (
+    f"--train.batch_size={BATCH_SIZE}",
+    f"--train.epochs={EPOCHS}",
+    "--model.dropout=0.1",
+    "--augment.crop_padding=4",
+    "--augment.flip=true",
+    "--train.label_smoothing=0.1",
+    "--optim.name=sgd",
+    "--optim.lr=0.01",
+    "--optim.momentum=0.9",
+    "--optim.weight_decay=0",
+    "--schedule.name=constant",
+    "--log.every_steps=5",
+    "--log.wandb=disabled",
+    "--log.tensorboard=false",
+    "--log.figures=false",
+)
+
+
+def launch(precision: str, threads: int, program: str, *arguments: str) -> None:
+    """Start a program by Accelerate's launcher, on one GPU or with so many CPU threads."""
+    options = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
+    options += ["--mixed_precision", precision, "--num_cpu_threads_per_process", str(threads)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / program), *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def plain_speed(place: Path, source: str, model: str, precision: str, threads: int, workers: int) -> float:
+    out = place / "plain.json"
+    sizes = ["--batch_size", str(BATCH_SIZE), "--micro_batch_size", str(BATCH_SIZE), "--epochs", str(EPOCHS)]
+    choices = ["--source", source, "--model", model, "--workers", str(workers), "--out", str(out)]
+    launch(precision, threads, "benchmarks/plain_accelerate.py", *sizes, *choices)
+    return statistics.median(json.loads(out.read_text())["images_per_second"][1:])
+
+
+def our_speed(place: Path, source: str, model: str, precision: str) -> float:
+    run = Path(tempfile.mkdtemp(dir=place))
+    choices = [f"--data.source={source}", f"--model.name={model}", f"--run.root={run}", "--run.name=run"]
+    launch(precision, 1, "train.py", *choices, f"--data.cache_dir={place / 'cache'}", *SETTINGS)
+    lines = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(
+        line["images_per_second"] for line in lines if line["split"] == "train" and line["epoch"] > 1
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cifar10_cnn", help="a name as --model.name takes it")
+    parser.add_argument("--images", type=int, default=12_800)
+    parser.add_argument("--precision", nargs="+", default=["no", "bf16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    source = f"synthetic:32x32x3x{options.images}"
+    cores = torch.get_num_threads()
+    for precision in options.precision:
+        plain: dict[str, list[float]] = {}
+        ours = []
+        for _ in range(options.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                place = Path(folder)
+                for threads in sorted({1, cores}):
+                    for workers in (0, 2):
+                        name = f"{threads} threads, {workers} workers"
+                        speed = plain_speed(place, source, options.model, precision, threads, workers)
+                        plain.setdefault(name, []).append(speed)
+                ours.append(our_speed(place, source, options.model, precision))
+        best = statistics.median(ours)
+        print(f"{options.model}, precision {precision}: train.py {best:,.0f} images/s")
+        for name, speeds in plain.items():
+            plain_best = statistics.median(speeds)
+            print(
+                f"  plain script, {name}: {plain_best:,.0f} images/s; train.py is {best / plain_best:.2f} times as fast"
+            )
+
+
+if __name__ == "__main__":
+    main()
