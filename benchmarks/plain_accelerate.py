@@ -9,7 +9,9 @@ the steps and the images per second of the epochs.
 
 import argparse
 import json
+import statistics
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ class Images(Dataset):
 
     def __init__(self, source: str) -> None:
         self.split = open_source(DataConfig(source=source)).splits["train"]
+        self.num_classes = int(self.split.labels.max()) + 1
         self.rows, _ = draw_validation_split(self.split.labels, 0.1, 0)
         self.images = [self.split.read(int(row)) for row in self.rows]
         size = self.images[0].height
@@ -49,6 +52,35 @@ class Images(Dataset):
         return self.transform(self.images[index]), int(self.split.labels[int(self.rows[index])])
 
 
+def build_parts(options: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, Any, Any]:
+    data = Images(options.source)
+    channels, size = len(data.images[0].getbands()), data.images[0].size
+    model = build_model(ModelConfig(name=options.model, dropout=0.1), (channels, *size), data.num_classes)
+    loader = DataLoader(
+        data,
+        batch_size=options.micro_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=options.workers > 0,
+    )
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), loader)
+
+
+def train_epoch(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> list[torch.Tensor]:
+    """Returns the losses of the microbatches."""
+    losses = []
+    for images, labels in loader:
+        with accelerator.accumulate(model):
+            loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach()).mean())
+    return losses
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
@@ -60,46 +92,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
     on_cpu = not torch.accelerator.is_available()
-    processes = Accelerator(cpu=on_cpu).num_processes
-    accumulation = options.batch_size // (options.micro_batch_size * processes)
+    accumulation = options.batch_size // (options.micro_batch_size * Accelerator(cpu=on_cpu).num_processes)
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=accumulation)
     set_seed(0)
-    images = Images(options.source)
-    channels = len(images.images[0].getbands())
-    model = build_model(
-        ModelConfig(name=options.model, dropout=0.1),
-        (channels, *images.images[0].size),
-        int(images.split.labels.max()) + 1,
-    )
-    loader = DataLoader(
-        images,
-        batch_size=options.micro_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=options.workers,
-        pin_memory=not on_cpu,
-        persistent_workers=options.workers > 0,
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-
-    losses, window, rates = [], [], []
+    model, optimizer, loader = build_parts(options, accelerator)
+    losses: list[float] = []
+    speeds = []
     for _ in range(options.epochs):
-        begun, steps = time.perf_counter(), len(losses)
-        for images, labels in loader:
-            with accelerator.accumulate(model):
-                loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            window.append(accelerator.gather(loss.detach()).mean().item())
-            if accelerator.sync_gradients:
-                losses.append(sum(window) / len(window))
-                window = []
-        rates.append((len(losses) - steps) * options.batch_size / (time.perf_counter() - begun))
+        begun = time.perf_counter()
+        parts = [loss.item() for loss in train_epoch(accelerator, model, optimizer, loader)]
+        images = len(parts) * options.micro_batch_size * accelerator.num_processes
+        speeds.append(images / (time.perf_counter() - begun))
+        losses += [statistics.mean(parts[i : i + accumulation]) for i in range(0, len(parts), accumulation)]
     if accelerator.is_main_process:
         with open(options.out, "w") as file:
-            json.dump({"losses": losses, "images_per_second": rates}, file)
+            json.dump({"losses": losses, "images_per_second": speeds}, file)
 
 
 if __name__ == "__main__":

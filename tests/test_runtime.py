@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,7 +175,7 @@ from lockstep.runtime import build_accelerator
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        torch.ones(16 << 20)
+        torch.ones(6 << 20)  # 24 MiB: old versions of glibc keep blocks of up to 32
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 usual = faults()
@@ -191,15 +192,21 @@ def test_a_step_finds_the_memory_of_the_step_before(tmp_path: Path) -> None:
 
 
 LATE = """
-import os, time
-from accelerate import Accelerator
+import os, pathlib, time
+from torch import distributed
 from lockstep.config import RuntimeConfig
 from lockstep.runtime import build_accelerator
+pathlib.Path(os.environ["RANK"]).touch()
+while not all(pathlib.Path(rank).exists() for rank in "01"):  # until both have imported torch
+    time.sleep(0.01)
 accelerator, launch = build_accelerator(RuntimeConfig(rendezvous_seconds=1))
-begun = time.monotonic()
-time.sleep(3 * launch.process_index)
-accelerator.wait_for_everyone()
-print(launch.num_processes, time.monotonic() - begun > 2)
+waits = []
+for group in (None, launch.host_group):
+    begun = time.monotonic()
+    time.sleep(3 * launch.process_index)
+    distributed.barrier(group=group)
+    waits.append(time.monotonic() - begun > 2)
+print(launch.num_processes, *waits)
 """
 
 
@@ -211,7 +218,7 @@ def test_the_short_wait_is_for_the_start_only(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     for done in [finish(rank, 60) for rank in ranks]:
-        assert done.stdout == "2 True\n", done.stderr
+        assert done.stdout == "2 True True\n", done.stderr
 
 
 KILLED = """
@@ -234,6 +241,17 @@ def test_a_process_killed_halfway_through_the_meeting_leaves_nobody_waiting(tmp_
     other = start([sys.executable, "meet.py"], tmp_path, RANK="0", LOCAL_RANK="0", **meeting)
     assert finish(killed, 60).returncode == -signal.SIGKILL
     assert "did not meet the others" in finish(other, 30).stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    program = "from lockstep import runtime as r; r.build_accelerator(r.RuntimeConfig())"
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        main = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = finish(start([sys.executable, "-c", program], tmp_path, **main), 60)
+    assert f"ValueError: port {port} is taken" in done.stderr and "--main_process_port" in done.stderr
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,9 @@
 
 SIGTERM and SIGUSR2 ask for it (NCCL takes USR1 for itself), and so do a file `stop` in the run folder and
 `run.max_hours`. A request on any process reaches all of them: they ask one another in the background, every step or, if
-steps are short, four times a second, and read the answer a step later, so that nobody waits. The program then saves and
-ends with REQUEUE_CODE; launchers turn every code into 1, so the run folder holds a file `preempted` too, until the run
-goes on.
+steps are short, about four times a second (at most 16 steps apart), and read the answer a step later, so that nobody
+waits. The program then saves and ends with REQUEUE_CODE; launchers turn every code into 1, so the run folder holds a
+file `preempted` too, until the run goes on.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ STOP_FILE = "stop"
 MARKER = "preempted"
 _STOP_FILE_SECONDS = 1.0  # between looks at the file, which may lie on a slow shared disk
 _ASK_SECONDS = 0.25  # asking at every step of 25 ms took 1 to 4 % of the time of two CPU processes
-_MOST_STEPS_BETWEEN = 15  # should they become slow in between
+_MOST_STEPS_BETWEEN = 15  # however short: a step that is suddenly slow must not delay the answer by minutes
 
 
 class Preemption:

@@ -123,30 +123,42 @@ def _meet(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accelera
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[_ddp_options(config), InitProcessGroupKwargs(timeout=wait)],
         )
-        if not distributed.is_initialized():
+        if accelerator.num_processes == 1:
             return accelerator, None
-        host_group: Any = distributed.new_group(backend="gloo", timeout=wait)
-    except (distributed.DistStoreError, distributed.DistNetworkError) as silence:
-        rank, world_size, address, port = (
-            os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        )
-        reason = str(silence).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"process {rank} of {world_size} did not meet the others at {address}:{port} ({reason}): one of them may "
-            f"have ended, or need longer than --runtime.rendezvous_seconds={config.rendezvous_seconds}"
-        ) from silence
-    accelerator.wait_for_everyone()  # NCCL connects in its first collective
-    # Later, one process may prepare data for long while the others wait. torch < 2.15 has a private name for it.
-    set_timeout = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)
-    for group in (None, host_group):
-        set_timeout(timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS), group)
-    return accelerator, host_group
+        groups: tuple[Any, Any] = distributed.group.WORLD, distributed.new_group(backend="gloo", timeout=wait)
+        accelerator.wait_for_everyone()  # NCCL connects in its first collective
+    except RuntimeError as silence:
+        line = _describe_silence(silence, config)
+        if line is None:
+            raise
+        raise ValueError(line) from silence
+    # Later, one process may prepare data for long while the others wait.
+    for group in groups:
+        group.set_timeout(timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS))
+    return accelerator, groups[1]
+
+
+def _describe_silence(silence: RuntimeError, config: RuntimeConfig) -> str | None:
+    """One line if processes did not meet; None for an error of another kind."""
+    text = str(silence)
+    networks = distributed.DistStoreError, distributed.DistNetworkError
+    if not isinstance(silence, networks) and "gloo" not in text.lower():
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, address, port = (os.environ.get(name, "?") for name in names)
+    if "EADDRINUSE" in text:
+        return f"port {port} is taken (EADDRINUSE), by another run perhaps: launch with another --main_process_port"
+    return (
+        f"process {rank} of {world_size} did not meet the others at {address}:{port} "
+        f"({text.splitlines()[0].rstrip('.')}): one of them may have ended, or need longer than "
+        f"--runtime.rendezvous_seconds={config.rendezvous_seconds}"
+    )
 
 
 def _end_with_launcher() -> None:
     """Let Linux send SIGTERM when the launcher dies: it may die of a signal that it does not pass on.
 
-    Before the process group is built, which waits half an hour for a launcher that is gone. Without a launcher the
+    Before the process group is built, which waits for minutes for a launcher that is gone. Without a launcher the
     parent is a shell, which may leave a training alone (nohup).
     """
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
@@ -173,7 +185,8 @@ def _keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        if not library.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+            library.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
