@@ -165,6 +165,21 @@ def test_one_rank_is_asked_and_all_stop_then_one_process_or_four_go_on(tmp_path:
 
 
 @pytest.mark.launch
+def test_a_stopped_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--run.name=x", f"--data.cache_dir={tmp_path}"]
+    codes = [
+        finish(start([*command, *more], tmp_path, ACCELERATE_MIXED_PRECISION=precision), 60).returncode
+        for precision, more in (("no", ["--run.max_hours=1e-9"]), ("bf16", []))
+    ]
+    run = tmp_path / "runs" / "x"
+    assert codes == [REQUEUE_CODE, 0]
+    assert [begun["precision"] for begun in json.loads((run / "environment.json").read_text())] == ["no", "bf16"]
+    steps = [line["step"] for line in read_lines(run) if line["split"] == "train"]
+    assert steps == sorted(set(steps)) and json.loads((run / "summary.json").read_text())["state"] == "finished"
+    assert {value.dtype for value in load_weights(run / "checkpoints" / "last").values()} >= {torch.float32}
+
+
+@pytest.mark.launch
 def test_signal_to_every_process_of_the_job_exits_with_the_requeue_code(tmp_path: Path) -> None:
     """As schedulers send it: also to the workers that decode images, which must outlive it."""
     streamed = ("--data.memory_budget=0", "--data.workers=2", "--run.name=x", f"--data.cache_dir={tmp_path}")
