@@ -1,5 +1,5 @@
 # make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
-# make slurm-test: all of SLURM, as root (20 minutes).  make soak: a hundred kills, and nothing lost (20 minutes).
+# make slurm-test: all of SLURM, as root (15 minutes).  make soak: a hundred kills, and nothing lost (15 minutes).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ test: $(DEV_READY)
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100
 
-# As root, with munge, slurmctld, slurmd and slurm-client: about 20 minutes on two cores.
+# As root, with munge, slurmctld, slurmd and slurm-client: about a quarter of an hour on two cores.
 slurm-test: $(DEV_READY)
 	LOCKSTEP_SLOW=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
 

@@ -1,6 +1,6 @@
 """The templates of slurm/, as they are, on a real two-node cluster: equal weights, and every way for a job to end.
 
-`make slurm-test` runs all of it (about 20 minutes on two cores), `make test` the part that is not marked slow.
+`make slurm-test` runs all of it (a quarter of an hour on two cores), `make test` the part that is not marked slow.
 """
 
 import json
