@@ -7,7 +7,7 @@
 Settings are those of the training, its precision included; --section.key=value changes one.
 """
 
-from lockstep.cli import one_line_errors, parse_evaluation
+from lockstep.settings.cli import one_line_errors, parse_evaluation
 
 if __name__ == "__main__":
     # Before the imports below, so that --help and a misspelt setting answer at once, without waiting for torch.
@@ -17,15 +17,15 @@ from dataclasses import replace
 
 import torch
 
-from lockstep.augment import build_transform
-from lockstep.checkpoint import load_weights, put_weights
-from lockstep.cli import Evaluation
-from lockstep.data import build_data
+from lockstep.augment.transform import build_transform
+from lockstep.data.images import build_data
 from lockstep.data.loader import EvaluationLoader
-from lockstep.evaluate import evaluate
-from lockstep.models import build_model
-from lockstep.report import class_table, draw_confusion, write_predictions
-from lockstep.runtime import build_accelerator, end_program
+from lockstep.evaluation.evaluate import evaluate
+from lockstep.launch.accelerator import build_accelerator, end_program
+from lockstep.models.network import build_model
+from lockstep.models.weights import load_weights, put_weights
+from lockstep.report.summary import class_table, draw_confusion, write_predictions
+from lockstep.settings.cli import Evaluation
 
 
 def evaluate_checkpoint(request: Evaluation) -> None:

@@ -7,7 +7,7 @@
 The same command again continues an unfinished run and shows the result of a finished one.
 """
 
-from lockstep.cli import one_line_errors, parse_config
+from lockstep.settings.cli import one_line_errors, parse_config
 
 if __name__ == "__main__":
     # Before the imports below, so that --help and a misspelt setting answer at once, without waiting for torch.
@@ -18,28 +18,28 @@ from contextlib import nullcontext
 
 from accelerate import Accelerator
 
-from lockstep.augment import build_transform
-from lockstep.batchnorm import RunningStatistics
-from lockstep.checkpoint import Checkpointer, find_newest
-from lockstep.config import Config
-from lockstep.data import build_data
+from lockstep.augment.transform import build_transform
+from lockstep.data.images import build_data
 from lockstep.data.loader import EvaluationLoader, TrainLoader
-from lockstep.ema import build_average
-from lockstep.evaluate import evaluate
-from lockstep.loss import build_loss, total
-from lockstep.memory import find_micro_batch_size, out_of_memory_explained
+from lockstep.data.sampler import build_sampler
+from lockstep.evaluation.evaluate import evaluate
+from lockstep.launch.accelerator import Launch, Profiler, build_accelerator, end_program, resolve_micro_batch_size
+from lockstep.launch.preemption import Preemption
+from lockstep.launch.sharding import prepare, shard
+from lockstep.models.network import build_network
 from lockstep.models.summary import summarize_model
-from lockstep.network import build_network
-from lockstep.optim import build_optimizer, finish_gradients, histograms_of, set_lr, update
-from lockstep.preemption import Preemption
-from lockstep.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
 from lockstep.randomness import seed_microbatch, seed_run
-from lockstep.report import Diverged, open_tracker, report_divergence, report_pause, report_training
-from lockstep.run import Run, open_run
-from lockstep.runtime import Launch, Profiler, build_accelerator, end_program, resolve_micro_batch_size
-from lockstep.sampler import build_sampler
-from lockstep.schedule import build_schedule
-from lockstep.sharding import prepare, shard
+from lockstep.report.summary import Diverged, open_tracker, report_divergence, report_pause, report_training
+from lockstep.run.checkpoint import Checkpointer, find_newest
+from lockstep.run.folder import Run, open_run
+from lockstep.settings.config import Config
+from lockstep.training.batchnorm import RunningStatistics
+from lockstep.training.ema import build_average
+from lockstep.training.loss import build_loss, total
+from lockstep.training.memory import find_micro_batch_size, out_of_memory_explained
+from lockstep.training.optim import build_optimizer, finish_gradients, histograms_of, set_lr, update
+from lockstep.training.progress import Meter, Stopwatch, build_calendar, test_record, train_record, val_record
+from lockstep.training.schedule import build_schedule
 
 
 def train(config: Config) -> int:

@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lockstep.checkpoint import Checkpointer
-from lockstep.config import CheckpointConfig, Config, ModelConfig
-from lockstep.models import build_model
-from lockstep.progress import Progress
-from lockstep.run import Run
+from lockstep.models.network import build_model
+from lockstep.run.checkpoint import Checkpointer
+from lockstep.run.folder import Run
+from lockstep.settings.config import CheckpointConfig, Config, ModelConfig
+from lockstep.training.progress import Progress
 
 BATCH_SIZE = 64
 STEPS_BETWEEN_CHECKPOINTS = 50

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lockstep.figures import plot_launches
+from lockstep.report.figures import plot_launches
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (

@@ -20,9 +20,10 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from lockstep.config import DataConfig, ModelConfig
-from lockstep.data import draw_validation_split, open_source
-from lockstep.models import build_model
+from lockstep.data.sources.kinds import open_source
+from lockstep.data.split import draw_validation_split
+from lockstep.models.network import build_model
+from lockstep.settings.config import DataConfig, ModelConfig
 
 
 class Images(Dataset):

@@ -180,7 +180,7 @@ def train_here(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Path:
-        from lockstep.cli import parse_config
+        from lockstep.settings.cli import parse_config
         from train import train
 
         config = parse_config([f"--data.cache_dir={cache_dir}", *arguments])

@@ -19,9 +19,9 @@ _PRELOADED = (
     "sklearn.datasets",
     "torchvision.transforms.v2",
     "torch.utils.data",
-    "lockstep.report",
-    "lockstep.checkpoint",
-    "lockstep.network",
+    "lockstep.report.summary",
+    "lockstep.run.checkpoint",
+    "lockstep.models.network",
     "lockstep.data.loader",
 )
 

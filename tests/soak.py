@@ -26,7 +26,7 @@ import torch
 from conftest import environment, free_port, launch_command, read_lines
 from fork_server import ForkServer
 
-from lockstep.checkpoint import load_checkpoint
+from lockstep.run.checkpoint import load_checkpoint
 
 # 20 steps in 4 epochs on half of the digits; the other half is for validation, so that it takes as long as an epoch.
 STEPS, STEPS_PER_EPOCH = 20, 5

@@ -12,10 +12,10 @@ import torch
 from conftest import LAUNCHER, QUICK, ROOT, finish, free_port, launch, read_lines, start
 from torch import Tensor
 
-from lockstep.checkpoint import load_weights
-from lockstep.compare import relative_differences
-from lockstep.config import TrainConfig
-from lockstep.loss import Loss
+from lockstep.commands.compare import relative_differences
+from lockstep.models.weights import load_weights
+from lockstep.settings.config import TrainConfig
+from lockstep.training.loss import Loss
 
 # 10 steps of 2 microbatches; every step is logged, so that a row of bad ones is noticed at its end.
 SHORT = (
@@ -108,7 +108,7 @@ def test_a_row_that_ends_in_time_is_left_behind(train_spoilt: Any, capsys: pytes
 
 
 def test_the_second_time_it_stops_and_names_the_samples(train_spoilt: Any, tmp_path: Path) -> None:
-    from lockstep.report import Diverged
+    from lockstep.report.summary import Diverged
 
     with pytest.raises(Diverged, match=r"diverged: steps 6 to 8 had no finite loss or gradient .*bad_step\.json"):
         train_spoilt("hopeless", lambda call: call >= 10, "--train.max_bad_steps=3")
@@ -126,7 +126,7 @@ LONELY_FAULT = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import train
-from lockstep.cli import parse_config
+from lockstep.settings.cli import parse_config
 from test_bad_steps import spoiling
 
 rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

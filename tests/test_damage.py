@@ -14,7 +14,7 @@ from conftest import environment
 from fork_server import ForkServer
 from soak import FORMS, Form, Training, differences, last_line, run_until_finished, send
 
-from lockstep.checkpoint import folder_of, saved_steps
+from lockstep.run.checkpoint import folder_of, saved_steps
 
 pytestmark = pytest.mark.launch
 GONE_SECONDS = 20

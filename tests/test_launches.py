@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, finish, launch, read_lines, start, wait_for_step
 
-from lockstep.checkpoint import load_weights
-from lockstep.compare import relative_differences
+from lockstep.commands.compare import relative_differences
+from lockstep.models.weights import load_weights
 
 pytestmark = pytest.mark.launch
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from lockstep.cli import parse_config
+from lockstep.settings.cli import parse_config
 
 README = (ROOT / "README.md").read_text()
 _STARTS = r"(?:make|accelerate launch|python(?: -m)?) "

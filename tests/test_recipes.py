@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from lockstep.cli import parse_config
+from lockstep.settings.cli import parse_config
 
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 

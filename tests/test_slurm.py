@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, environment, launch, read_lines
 from slurm_cluster import NODES, Cluster, Job, Unavailable, eventually
 
-from lockstep.checkpoint import load_weights
-from lockstep.compare import relative_differences
-from lockstep.sweep import read_sweep
+from lockstep.commands.compare import relative_differences
+from lockstep.commands.sweep import read_sweep
+from lockstep.models.weights import load_weights
 
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
 SHELL_FILES = [*TEMPLATES, *sorted((ROOT / "slurm").glob("*.sh"))]

@@ -14,7 +14,7 @@ from conftest import QUICK, ROOT, finish, launch, launch_command, read_lines, st
 from PIL import Image
 from safetensors.torch import load_file
 
-from lockstep.cli import load_config, parse_config
+from lockstep.settings.cli import load_config, parse_config
 
 pytestmark = pytest.mark.launch
 

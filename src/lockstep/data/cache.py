@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from lockstep.data.source import Split
+from lockstep.data.sources.kinds import Split
 
 _logger = logging.getLogger(__name__)
 

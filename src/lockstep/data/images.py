@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lockstep.config import AugmentConfig, Config, DataConfig
 from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
-from lockstep.data.source import Source, Split, open_source
+from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.split import load_or_draw_split
+from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
 _logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from PIL.Image import Resampling
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lockstep.augment import crop_boxes
-from lockstep.config import Config
+from lockstep.augment.transform import crop_boxes
 from lockstep.data.images import SKIPPED_LABEL, ImageSet
+from lockstep.data.sampler import Microbatch, Sampler
+from lockstep.launch.accelerator import Launch, signal_at_death_of_parent
 from lockstep.randomness import sample_keys
-from lockstep.runtime import Launch, signal_at_death_of_parent
-from lockstep.sampler import Microbatch, Sampler
+from lockstep.settings.config import Config
 
 # Samples of one evaluation batch. Fixed, and batches are dealt to processes whole, so that each sample is computed
 # in the same company everywhere.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.config import DataConfig
+from lockstep.settings.config import DataConfig
 
 _STREAM = 1 << 64  # second key word of Philox: keeps these draws apart from other uses of the same seed
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch.nn as nn
 from torch import Tensor
 
-from lockstep.config import ModelConfig
+from lockstep.settings.config import ModelConfig
 
 
 class ResidualBlock(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lockstep.config import ModelConfig
+from lockstep.settings.config import ModelConfig
 
 ImageShape = tuple[int, int, int]
 

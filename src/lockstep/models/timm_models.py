@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from lockstep.config import ModelConfig
+from lockstep.settings.config import ModelConfig
 
 LARGEST_CIFAR_STEM_PIXELS = 64
 """`--model.stem=auto` keeps the resolution of images up to this size, where a 7x7/2 stem would throw it away."""

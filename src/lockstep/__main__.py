@@ -1,0 +1,33 @@
+"""`lockstep <command>`, an installed program, and `python -m lockstep <command>`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lockstep.settings.cli import one_line_errors, suggest, usage_error
+
+COMMANDS = {
+    "doctor": "look, in seconds, at everything a long job needs",
+    "prepare": "fetch data and weights for machines without internet",
+    "sweep": "list the tasks of a sweep file, or train one of them",
+    "compare": "how far the weights of two runs are apart",
+}
+"""Each is a module in `commands/` with a `main(arguments)` that returns the exit code"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that comes first in `arguments` (default: the program's own) with the rest of them."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = (given[0], given[1:]) if given else ("", [])
+    if name in ("", "-h", "--help"):
+        lines = [f"  {command:<9} {text}" for command, text in COMMANDS.items()]
+        print("\n".join(["usage: lockstep <command> [...]; more by lockstep <command> --help", "", *lines]))
+        return 0
+    with one_line_errors():
+        if name not in COMMANDS:
+            usage_error(f"unknown command {name}: {', '.join(COMMANDS)}.{suggest(name, set(COMMANDS))}")
+        return importlib.import_module(f"lockstep.commands.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

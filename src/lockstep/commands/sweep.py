@@ -1,0 +1,199 @@
+"""The tasks of a W&B sweep file, without a W&B server: `lockstep sweep list FILE` and `run FILE INDEX`.
+
+A file in configs/sweeps/ is W&B's: `wandb sweep FILE` takes it, too. Its parameters are settings (`optim.lr`), and what
+`command` has between `${program}` and `${args}` is given to every task. `method: grid` has a task for each combination,
+the last parameter changing fastest; `method: random` has `run_cap` tasks, drawn by a generator that the sweep's `name`
+seeds: raising run_cap adds tasks and leaves the earlier ones as they are. Each task is a run of its own, as train.py
+names it, in the W&B group of its job array (or of the file).
+
+`run` takes more arguments of train.py behind INDEX, and may stand where train.py does:
+`accelerate launch -m lockstep sweep run configs/sweeps/digits_grid.yaml 3`.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import random
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.settings.cli import RECIPES, suggest, usage_error
+from lockstep.settings.config import Config, shaping_settings
+
+_MAX_TASKS = 10_000
+_DRAWS_PER_TASK = 100  # before we conclude that there are not as many different tasks
+
+Task = dict[str, Any]
+"""Setting -> value"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file comes to."""
+
+    path: Path
+    arguments: tuple[str, ...]
+    """Arguments that all tasks share"""
+    tasks: tuple[Task, ...]
+
+    def arguments_of(self, index: int, more: Sequence[str] = ()) -> list[str]:
+        """train.py's arguments for a task; ValueError if there is no such task or `more` interferes with the sweep."""
+        if not 0 <= index < len(self.tasks):
+            raise ValueError(f"{self.path} has the tasks 0 to {len(self.tasks) - 1}, not {index}")
+        for argument in more:
+            name = argument.split("=", 1)[0].removeprefix("--")
+            if name in self.tasks[index]:
+                raise ValueError(f"{argument}: {self.path} sets {name} for each task: remove it here or there")
+            if name == "run.name":
+                raise ValueError(f"{argument}: the tasks of a sweep cannot share a run folder: leave --run.name out")
+        group = os.environ.get("SLURM_ARRAY_JOB_ID", self.path.stem)
+        return [*self.arguments, f"--run.group={group}", *more, *spelled(self.tasks[index])]
+
+
+def spelled(task: Task) -> list[str]:
+    """A task's settings as flags."""
+    return [f"--{name}={value}" for name, value in task.items()]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file; raises ValueError, naming file and key, for what cannot be enumerated without a server."""
+    content = _load(path)
+    parameters = content.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        raise ValueError(f"{path} has no parameters, for example `parameters: {{optim.lr: {{values: [0.1, 0.01]}}}}`")
+    known = shaping_settings(Config()).keys()
+    for name, parameter in parameters.items():
+        if name not in known:
+            # A setting that does not shape the result would give two tasks one run folder.
+            raise ValueError(f"{path}: {name} is no setting that a sweep can vary.{suggest(name, set(known))}")
+        if not isinstance(parameter, dict):
+            raise ValueError(f"{path}: {name} needs `value`, `values`, or `min` and `max`")
+    method = content.get("method")
+    if method == "grid":
+        tasks = _grid(path, parameters)
+    elif method == "random":
+        tasks = _draw(path, parameters, content.get("run_cap"), str(content.get("name", path.stem)))
+    else:
+        raise ValueError(f"{path}: method {method} needs W&B's server (wandb sweep {path}); here: grid or random")
+    return Sweep(path, _shared_arguments(path, content), tuple(tasks))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as problem:
+        raise ValueError(f"sweep file {path} cannot be read: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as mistake:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(mistake).split())}") from mistake
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold method and parameters, as W&B's sweep files do")
+    return content
+
+
+def _shared_arguments(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    command = [str(word) for word in content.get("command", ["${program}", "${args}"])]
+    if "${program}" not in command or command[-1] != "${args}":
+        raise ValueError(f"{path}: command must name ${{program}} and end with ${{args}}")
+    return tuple(command[command.index("${program}") + 1 : -1])
+
+
+def _grid(path: Path, parameters: dict[str, dict[str, Any]]) -> list[Task]:
+    choices = []
+    for name, parameter in parameters.items():
+        values = [parameter["value"]] if "value" in parameter else parameter.get("values")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: {name} needs `values` (a list) in a grid")
+        if any(value in values[:position] for position, value in enumerate(values)):
+            raise ValueError(f"{path}: {name} has a value twice: two tasks would be one run")
+        choices.append(values)
+    count = math.prod(map(len, choices))
+    if count > _MAX_TASKS:
+        raise ValueError(f"{path}: {count} tasks are too many (at most {_MAX_TASKS}): shorten the lists, or draw")
+    return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: str) -> list[Task]:
+    if not isinstance(count, int) or not 1 <= count <= _MAX_TASKS:
+        raise ValueError(f"{path}: method random needs `run_cap`, the number of tasks, from 1 to {_MAX_TASKS}")
+    generator = random.Random(seed)
+    tasks: list[Task] = []
+    for _ in range(_DRAWS_PER_TASK * count):
+        task = {name: _draw_value(path, name, parameter, generator) for name, parameter in parameters.items()}
+        if task not in tasks:
+            tasks.append(task)
+        if len(tasks) == count:
+            return tasks
+    raise ValueError(f"{path}: no {count} different tasks can be drawn, only {len(tasks)}: lower run_cap")
+
+
+_DISTRIBUTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Any]] = {
+    "constant": lambda generator, given: given["value"],
+    "categorical": lambda generator, given: generator.choices(given["values"], given.get("probabilities"))[0],
+    "int_uniform": lambda generator, given: generator.randint(given["min"], given["max"]),
+    "uniform": lambda generator, given: generator.uniform(given["min"], given["max"]),
+    "q_uniform": lambda generator, given: _rounded(generator.uniform(given["min"], given["max"]), given.get("q", 1)),
+    "log_uniform_values": lambda generator, given: math.exp(
+        generator.uniform(math.log(given["min"]), math.log(given["max"]))
+    ),
+}
+
+
+def _rounded(value: float, step: float) -> float:
+    digits = max(0, -math.floor(math.log10(step))) + 1
+    return round(round(value / step) * step, digits)
+
+
+def _draw_value(path: Path, name: str, given: dict[str, Any], generator: random.Random) -> Any:
+    kind = given.get("distribution")
+    if kind is None and "value" in given:
+        kind = "constant"
+    elif kind is None and "values" in given:
+        kind = "categorical"
+    elif kind is None:
+        whole = isinstance(given.get("min"), int) and isinstance(given.get("max"), int)
+        kind = "int_uniform" if whole else "uniform"
+    if kind not in _DISTRIBUTIONS:
+        raise ValueError(f"{path}: {name}: distribution {kind} is not one of {', '.join(_DISTRIBUTIONS)}")
+    try:
+        value = _DISTRIBUTIONS[kind](generator, given)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as problem:
+        raise ValueError(f"{path}: {name}: {kind} does not go with {given} ({problem!r})") from problem
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List a sweep's tasks, or become train.py for one of them."""
+    # One index at a time, and no abbreviations: the rest is train.py's.
+    parser = argparse.ArgumentParser(prog="lockstep sweep", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {"list": "print the tasks", "run": "train one task"}.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("file", type=Path, metavar="FILE")
+        if name == "run":
+            command.add_argument("index", type=int, metavar="INDEX", help="of the task, from 0")
+    options, more = parser.parse_known_args(arguments)
+    try:
+        sweep = read_sweep(options.file)
+        if options.command == "run":
+            return _become_train(sweep.arguments_of(options.index, more))
+    except ValueError as mistake:
+        usage_error(str(mistake))
+    for index, task in enumerate(sweep.tasks):
+        print(f"{index}: {' '.join(spelled(task))}")
+    print(f"sbatch --array=0-{len(sweep.tasks) - 1} slurm/array_sweep.sbatch {sweep.path}", file=sys.stderr)
+    return 0
+
+
+def _become_train(arguments: list[str]) -> int:
+    program = str(RECIPES.parent / "train.py")
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
+    return 0

@@ -1,0 +1,1 @@
+"""Exact metrics of a network on a set."""

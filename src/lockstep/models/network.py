@@ -1,0 +1,112 @@
+"""Networks by name: the small ones of the recipes, and every network of timm; built with first weights, on a device."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lockstep.data.images import Data
+from lockstep.models.resnet import resnet_basic
+from lockstep.models.small import (
+    cifar10_cnn,
+    fashion_cnn,
+    mlp,
+    mlp_dropout,
+    set_initial_weights,
+    simple_cnn,
+    tiny_cnn,
+    vgg_small,
+)
+from lockstep.models.timm_models import build_timm, is_timm_model, timm_names
+from lockstep.models.weights import load_weights, put_weights
+from lockstep.settings.config import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class Network:
+    """A builder, and the settings of `ModelConfig` that mean something to it."""
+
+    build: Callable[[ModelConfig, tuple[int, int, int], int], nn.Module]
+    settings: frozenset[str]
+
+
+NETWORKS = {
+    "mlp": Network(mlp, frozenset({"width", "noise", "init"})),
+    "mlp_dropout": Network(mlp_dropout, frozenset({"dropout", "hidden", "batch_norm", "noise", "init"})),
+    "tiny_cnn": Network(tiny_cnn, frozenset({"dropout", "width", "init"})),
+    "simple_cnn": Network(simple_cnn, frozenset({"dropout", "width", "noise", "init"})),
+    "fashion_cnn": Network(fashion_cnn, frozenset({"dropout", "width", "batch_norm", "noise", "init"})),
+    "cifar10_cnn": Network(cifar10_cnn, frozenset({"dropout", "width", "batch_norm", "noise", "init"})),
+    "vgg_small": Network(vgg_small, frozenset({"dropout", "width", "noise", "init"})),
+    "resnet_basic": Network(resnet_basic, frozenset({"dropout", "width", "batch_norm", "init"})),
+}
+_TIMM = Network(build_timm, frozenset({"dropout", "drop_path", "stem", "pretrained"}))
+_ALWAYS = frozenset({"name", "checkpoint", "summary"})
+
+
+def build_model(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Build the network `config.name` on the CPU, with initial weights drawn from torch's global generator.
+
+    It maps images (N, channels, height, width) of `image_shape` = (channels, height, width) to logits
+    (N, num_classes). Weights of `config.checkpoint` are not loaded here.
+    Raises ValueError for an unknown name, for a setting that this network has no use for, for an image size that
+    it cannot take, and for pretrained weights that cannot be had.
+    """
+    network = _find_network(config.name)
+    _refuse_unused_settings(config, network)
+    model = network.build(config, image_shape, num_classes)
+    set_initial_weights(model, config.init)
+    return model
+
+
+def _find_network(name: str) -> Network:
+    timm_name = name.removeprefix("timm/")
+    if name in NETWORKS:
+        return NETWORKS[name]
+    if name != timm_name and is_timm_model(timm_name):
+        return _TIMM
+    names = {known.removeprefix("timm/"): known for known in [*timm_names(), *NETWORKS]}
+    nearest = [names[match] for match in difflib.get_close_matches(timm_name.split(".")[0], names)]
+    hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ValueError(
+        f"--model.name={name} is unknown: {hint}Networks of ours: {', '.join(NETWORKS)}; all others: timm/<name>"
+    )
+
+
+def _refuse_unused_settings(config: ModelConfig, network: Network) -> None:
+    for setting in fields(config):
+        allowed = setting.name in network.settings or setting.name in _ALWAYS
+        if not allowed and getattr(config, setting.name) != setting.default:
+            raise ValueError(
+                f"--model.{setting.name} has no meaning for --model.name={config.name}: remove it "
+                f"(this network takes {', '.join(sorted(network.settings))})"
+            )
+
+
+def build_network(config: Config, data: Data, device: torch.device, *, resumes: bool) -> nn.Module:
+    """The network for this data, in `runtime.dtype` and channels_last memory; the caller seeds torch first.
+
+    Published weights, or those of `model.checkpoint`, are not fetched if the run `resumes`: a checkpoint will replace
+    them. Raises ValueError if the network cannot take the images or the weights are another network's.
+    """
+    model_config = replace(config.model, pretrained=False) if resumes else config.model
+    model = build_model(model_config, data.image_shape, data.num_classes)
+    if config.model.checkpoint and not resumes:
+        put_weights(model, load_weights(Path(config.model.checkpoint)), config.model.checkpoint)
+    if config.runtime.sync_batchnorm:
+        model = convert_to_sync_batchnorm(model, device)
+    model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
+    if config.runtime.compile:
+        # In place: the names of the weights, and so checkpoints, stay as they are. Dropout draws as without compiling.
+        model.compile(options={"fallback_random": True})
+    return model
+
+
+def convert_to_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Batch statistics over all processes, not the microbatch; raises ValueError on a CPU: it has no such layer."""
+    if device.type != "cuda":
+        raise ValueError(f"--runtime.sync_batchnorm=true needs GPUs, and this run is on {device.type}: leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,0 +1,1 @@
+"""What is left of a run when it ends: summary, figures, predictions."""

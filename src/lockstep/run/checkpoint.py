@@ -1,0 +1,306 @@
+"""Checkpoints that are complete or not there: save, verify, find, load, prune.
+
+A checkpoint is a folder `step_<8 digits>`. It is written aside, flushed to the disk, described by a manifest of
+checksums and only then renamed, so that a folder with a step's name is whole. Older ones go after that. Weights are
+safetensors; the optimizer's state is read with `weights_only=True`, so nothing pickled is ever executed.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from lockstep.files import MANIFEST, checksum, flush, manifest_problem
+from lockstep.launch.sharding import is_sharded, part_of, whole
+from lockstep.models.weights import load_weights, put_weights
+from lockstep.run.folder import Run
+from lockstep.settings.cli import config_to_yaml
+from lockstep.settings.config import CheckpointConfig
+from lockstep.training.ema import ExponentialAverage
+from lockstep.training.progress import Progress
+
+_logger = logging.getLogger(__name__)
+
+_ALWAYS_THERE = ("config.yaml", "model.safetensors", "optimizer.pt", "progress.json")
+
+
+@dataclass
+class State:
+    """Everything that training needs to go on, as tensors on the CPU and plain values."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves and restores the parts of a training run. Only the main process writes.
+
+    The loop waits for the copy to the host's memory, not for the disk: one save at a time runs in a thread.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        average: ExponentialAverage | None,
+    ) -> None:
+        """`model` is the bare network, `optimizer` the prepared one."""
+        self._run, self._accelerator = run, accelerator
+        self._model, self._optimizer, self._average = model, optimizer, average
+        # Once: 2.5 ms of Python, during which the loop would wait for the interpreter at every save.
+        self._config_yaml = config_to_yaml(run.config)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def restore(self) -> Progress:
+        """Put the newest undamaged checkpoint into the parts; returns its progress, or a new one if there is none."""
+        folder = find_newest(self._run.checkpoints, quiet=not self._accelerator.is_main_process)
+        if folder is None:
+            return Progress()
+        state = load_checkpoint(folder)
+        put_weights(self._model, state.model, str(folder))
+        put_optimizer_state(self._optimizer, state.optimizer)
+        if self._average is not None:
+            self._average.load_state_dict(state.ema)
+        if self._accelerator.scaler is not None and state.scaler:
+            self._accelerator.scaler.load_state_dict(state.scaler)
+        progress = Progress(**state.progress)
+        if self._accelerator.is_main_process and progress.best_step in (0, progress.step):
+            point(self._run.checkpoints, "best", folder)  # in case a kill came between the save and this link
+        progress.restarts += 1
+        return progress
+
+    def load_best(self) -> None:
+        """Wait for the last save and put the best weights (their average, if there is one) into the network."""
+        self.wait(must_succeed=True)
+        self._accelerator.wait_for_everyone()
+        best = self._run.checkpoints / "best"
+        put_weights(self._model, load_weights(best), str(best))
+
+    def save(self, progress: Progress, *, is_best: bool) -> None:
+        """Save the present state as `last`, and as `best` if it is; reports a failed earlier save."""
+        is_main = self._accelerator.is_main_process
+        if not is_main and not is_sharded(self._model):
+            return
+        self.wait()
+        state = self._capture(progress)
+        if not is_main or (not is_best and problem_with(folder_of(self._run.checkpoints, progress.step)) is None):
+            return  # this very state was saved before, perhaps by the start before this one
+        self._pending = self._thread.submit(self._write, progress.step, state, is_best)
+
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save in flight. A failed one is a warning, or a ValueError if none will follow."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except ValueError as problem:
+            if must_succeed:
+                raise
+            _logger.warning("%s; training goes on without this checkpoint", problem)
+
+    def _capture(self, progress: Progress) -> State:
+        """A copy of the present state; every process must take part if the network is sharded."""
+        scaler = self._accelerator.scaler
+        average = {} if self._average is None else self._average.state_dict()
+        return State(
+            model=_on_host(self._model.state_dict()),
+            optimizer=_on_host(self._optimizer.state_dict()),
+            progress=progress.as_dict(),
+            ema=_on_host(average),
+            scaler={} if scaler is None else scaler.state_dict(),
+        )
+
+    def _write(self, step: int, state: State, is_best: bool) -> None:
+        checkpoints = self._run.checkpoints
+        for name, weights in state.model.items():
+            if not weights.isfinite().all():
+                raise ValueError(f"cannot save a checkpoint of step {step}: {name} is not finite")
+        folder = save_checkpoint(checkpoints, step, state, self._config_yaml)
+        with _explained(checkpoints):
+            if is_best:
+                point(checkpoints, "best", folder)
+            prune(checkpoints, self._run.config.checkpoint)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a state dict in the host's memory, so that training may go on changing the original."""
+    if isinstance(value, Tensor):
+        return whole(value.detach()).to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list) else value
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def save_checkpoint(checkpoints: Path, step: int, state: State, config_yaml: str) -> Path:
+    """Write the state of a step and point `last` at it; returns its folder.
+
+    Raises ValueError, in one line, if the disk is full or cannot be written; nothing half written remains.
+    """
+    final = folder_of(checkpoints, step)
+    aside = checkpoints / f".tmp_{final.name}"
+    with _explained(checkpoints):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            _write_files(aside, state, config_yaml)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            flush(checkpoints)
+            point(checkpoints, "last", final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+@contextlib.contextmanager
+def _explained(checkpoints: Path) -> Iterator[None]:
+    """Turns an error of the disk into one line for the user."""
+    try:
+        yield
+    except OSError as problem:
+        reason = "the disk is full" if problem.errno == errno.ENOSPC else str(problem)
+        raise ValueError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
+
+
+def _write_files(folder: Path, state: State, config_yaml: str) -> None:
+    # By way of memory, because the writers of both libraries hide a full disk behind errors of their own.
+    (folder / "model.safetensors").write_bytes(_as_safetensors(state.model))
+    if state.ema:
+        (folder / "ema.safetensors").write_bytes(_as_safetensors(state.ema))
+    rest = io.BytesIO()
+    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, rest)
+    (folder / "optimizer.pt").write_bytes(rest.getbuffer())
+    (folder / "progress.json").write_text(json.dumps(state.progress, indent=1))
+    (folder / "config.yaml").write_text(config_yaml)
+    manifest = {}
+    for path in sorted(folder.iterdir()):
+        flush(path)
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def point(checkpoints: Path, name: str, target: Path) -> None:
+    """Make the link `name` (best, last) lead to a checkpoint, in one step."""
+    aside = checkpoints / f".tmp_{name}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name)
+    aside.replace(checkpoints / name)
+
+
+def problem_with(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as the manifest says."""
+    return manifest_problem(folder, _ALWAYS_THERE)
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps with a checkpoint folder, ascending."""
+    return sorted(int(path.name[5:]) for path in checkpoints.glob("step_" + "[0-9]" * 8) if path.is_dir())
+
+
+def find_newest(checkpoints: Path, *, quiet: bool = False) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are reported, if not `quiet`, and left where they are."""
+    for step in reversed(saved_steps(checkpoints)):
+        folder = folder_of(checkpoints, step)
+        problem = problem_with(folder)
+        if problem is None:
+            return folder
+        if not quiet:
+            _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
+    return None
+
+
+def load_checkpoint(folder: Path) -> State:
+    """Read a checkpoint onto the CPU; raises ValueError naming it if it is missing or damaged."""
+    from safetensors.torch import load_file
+
+    problem = problem_with(folder)
+    if problem:
+        raise ValueError(f"checkpoint {folder} cannot be used: {problem}")
+    ema = folder / "ema.safetensors"
+    try:
+        rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as refusal:
+        raise ValueError(f"checkpoint {folder} cannot be used: optimizer.pt holds more than tensors") from refusal
+    return State(
+        model=load_file(folder / "model.safetensors"),
+        optimizer=rest["optimizer"],
+        scaler=rest["scaler"],
+        progress=json.loads((folder / "progress.json").read_text()),
+        ema=load_file(ema) if ema.is_file() else {},
+    )
+
+
+def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, whole as checkpoints have it; a sharded optimizer takes its part.
+
+    The kernel stays that of `optimizer`: what is fused on one device need not be on another.
+    """
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**saved, "fused": own.get("fused")} for saved, own in pairs]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value.shape == parameter.shape:
+                kept[name] = part_of(value, parameter)
+
+
+def prune(checkpoints: Path, config: CheckpointConfig) -> None:
+    """Remove what `config` does not keep, but for the checkpoint that `best` leads to; also half-written ones.
+
+    Newest means up to `last`: later ones are damaged, or `last` would lead to them, and do not count.
+    """
+    best, last = checkpoints / "best", checkpoints / "last"
+    _remove_strays(checkpoints)
+    steps = saved_steps(checkpoints)
+    folders = [folder_of(checkpoints, step) for step in steps]
+    kept = [folder for folder in folders if not last.exists() or folder.name <= os.readlink(last)][-config.keep_last :]
+    if best.exists():
+        kept.append(checkpoints / os.readlink(best))
+    if config.keep_every_steps:
+        kept += [folder_of(checkpoints, step) for step in steps if step % config.keep_every_steps == 0]
+    for folder in folders:
+        if folder not in kept:
+            # Under another name first: a kill during removal must not leave a folder that looks whole.
+            folder.rename(checkpoints / f".tmp_{folder.name}")
+    _remove_strays(checkpoints)
+
+
+def _remove_strays(checkpoints: Path) -> None:
+    for stray in checkpoints.glob(".tmp_*"):
+        if stray.is_symlink():
+            stray.unlink()
+        else:
+            shutil.rmtree(stray, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""The run folder: which run a command means, whether it may go on, and its summary."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from lockstep.launch.accelerator import Launch
+from lockstep.run.tracker import replace_file, write_json
+from lockstep.settings.cli import config_to_yaml, load_config
+from lockstep.settings.config import Config, changed_settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's place on disk."""
+
+    path: Path
+    config: Config
+    summary: dict[str, Any]
+    """What summary.json said when the run was opened; empty for a new run"""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether one was saved; it may be damaged."""
+        return (self.checkpoints / "last").exists()
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """The one that an earlier start had: another would change batch statistics, and with them the training."""
+        return self.summary.get("micro_batch_size")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary.get("state") == "finished"
+
+    def describe_result(self) -> str:
+        """The result of a finished run, and how to start over."""
+        results = ", ".join(
+            f"{name.replace('_', ' ')} {value:.2%}"
+            for name, value in self.summary.items()
+            if name.endswith("accuracy") and isinstance(value, float)
+        )
+        return (
+            f"{self.path} is finished: {results}. Details: {self.path / 'summary.json'}. To train again, remove the "
+            "folder, or choose another --run.name or --run.seed"
+        )
+
+    def create(self, micro_batch_size: int) -> None:
+        """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
+        replace_file(self.path / "config.yaml", config_to_yaml(self.config).encode())
+        self.write_summary(state="running", micro_batch_size=micro_batch_size)
+
+    @contextmanager
+    def failure_noted(self, launch: Launch) -> Iterator[None]:
+        """Within it, an exception that ends training leaves `state: failed` in summary.json."""
+        try:
+            yield
+        except Exception:
+            if launch.is_main and (self.path / "config.yaml").is_file():
+                with suppress(OSError):
+                    self.write_summary(state="failed")
+            raise
+
+    def write_summary(self, **values: Any) -> None:
+        """Merge values into summary.json."""
+        write_json(self.path / "summary.json", {**_read_summary(self.path), **values})
+
+
+def open_run(config: Config, launch: Launch) -> Run:
+    """The run that these settings name. Looks only, writes nothing.
+
+    Raises ValueError, on every process alike, if the folder belongs to other settings (with the changed keys), or if
+    `run.resume` forbids what is found. The main process looks; the others are told.
+    """
+    outcome: list[Any] = [None]
+    if launch.is_main:
+        try:
+            outcome = [_look(config)]
+        except ValueError as refusal:
+            outcome = [str(refusal)]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], str):
+        raise ValueError(outcome[0])
+    return outcome[0]
+
+
+def _look(config: Config) -> Run:
+    assert config.run.name is not None
+    path = Path(config.run.root) / config.run.name
+    exists = (path / "config.yaml").is_file()
+    if config.run.resume == "must" and not exists:
+        raise ValueError(f"--run.resume=must, but there is no run in {path}")
+    if config.run.resume == "never" and exists:
+        raise ValueError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
+    if exists:
+        _require_same_settings(path, config)
+    return Run(path, config, _read_summary(path))
+
+
+def _require_same_settings(path: Path, config: Config) -> None:
+    if changes := changed_settings(load_config(path / "config.yaml"), config):
+        raise ValueError(
+            f"{path} holds a run with other settings ({'; '.join(changes)}): choose another --run.name, "
+            "leave --run.name out to get one, or remove the folder"
+        )
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}

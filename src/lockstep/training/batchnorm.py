@@ -1,0 +1,77 @@
+"""Batch-norm running statistics that move once per step, from the mean over all microbatches of all processes.
+
+PyTorch moves them once per forward, from what this process saw: they then depend on accumulation and on the number
+of processes, and DDP hands everyone rank 0's. Here a forward only leaves its batch's statistics in the buffers
+(momentum 1); `collect` adds them up, `commit` averages over the global batch and moves the real ones once.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class RunningStatistics:
+    """Owner of the running means and variances of a network while it trains.
+
+    Between steps the buffers of the network hold the real statistics, so evaluation and checkpoints need no care.
+    A layer used twice in one forward counts with its last use.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """`model` is the bare network; its batch-norm layers are changed to momentum 1."""
+        self._buffers: list[Tensor] = []
+        self._counters: list[Tensor] = []
+        self._momenta: list[float] = []
+        for name, layer in model.named_modules():
+            if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
+                continue
+            if layer.momentum is None:
+                raise ValueError(f"batch norm {name} averages over all steps (momentum None): give it a momentum")
+            assert layer.running_mean is not None and layer.running_var is not None
+            self._buffers += [layer.running_mean, layer.running_var]
+            self._momenta += [layer.momentum] * 2
+            if layer.num_batches_tracked is not None:
+                self._counters.append(layer.num_batches_tracked)
+            layer.momentum = 1.0
+        self.reload()
+
+    def reload(self) -> None:
+        """Take what the buffers hold now, for example after loading a checkpoint, as the real statistics."""
+        self._real = [buffer.detach().clone() for buffer in self._buffers]
+        self._sums = [torch.zeros_like(buffer) for buffer in self._buffers]
+        self._num_collected = 0
+        self._num_steps = int(self._counters[0]) if self._counters else 0
+
+    def collect(self) -> None:
+        """Call after each forward in training mode."""
+        if self._buffers:
+            torch._foreach_add_(self._sums, self._buffers)
+        self._num_collected += 1
+
+    @torch.no_grad()
+    def commit(self, accelerator: Accelerator, bad: Tensor) -> None:
+        """Call once per step on every process: move the real statistics and put them into the network.
+
+        They stay where they are in a bad step, whose activations are not finite; `bad` is a flag on the device.
+        """
+        if not self._buffers:
+            return
+        if accelerator.num_processes > 1:
+            self._sums = _reduce_sum(self._sums, accelerator)
+        torch._foreach_div_(self._sums, float(self._num_collected * accelerator.num_processes))
+        for real, mean, momentum in zip(self._real, self._sums, self._momenta, strict=True):
+            real.lerp_(mean.where(~bad, real), momentum)
+        torch._foreach_copy_(self._buffers, self._real)
+        self._num_steps += 1
+        for counter in self._counters:
+            counter.fill_(self._num_steps)
+        torch._foreach_zero_(self._sums)
+        self._num_collected = 0
+
+
+def _reduce_sum(tensors: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """Sum over processes in one message."""
+    flat = accelerator.reduce(torch.cat([t.reshape(-1) for t in tensors]), reduction="sum")
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]

@@ -1,0 +1,94 @@
+"""An exponential moving average of a network's weights, used for evaluation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.launch.sharding import local, part_of
+from lockstep.settings.config import TrainConfig
+
+
+class ExponentialAverage:
+    """Averages of everything in a network's state dict, each `average += (1 - decay) * (value - average)` per step.
+
+    Floating buffers are averaged like parameters (as in timm's ModelEmaV3): the running statistics of batch norm then
+    belong to the averaged weights, to first order, and not to the newest ones. Integer buffers hold counts, which have
+    no average: they are copied. Averages have the dtype, device and memory layout of what they average.
+
+    Always pass the bare network, outside DDP and torch.compile, whose wrappers rename the entries.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts from the present weights. `decay` in [0, 1) is that of a long training, see `decay_at`."""
+        assert 0 <= decay < 1, decay
+        self.decay = decay
+        self._averages = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def decay_at(self, step: int) -> float:
+        """The decay after `step` updates: smaller in the first ones, so that the initial weights fade quickly.
+
+        min(decay, (1 + step) / (10 + step)), the rule of TensorFlow's ExponentialMovingAverage with `num_updates`:
+        https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+        """
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves the averages towards `model`. `step` counts optimizer updates, the one just done included."""
+        values = model.state_dict()
+        assert values.keys() == self._averages.keys(), "the averages belong to another network"
+        floating = [name for name, average in self._averages.items() if average.is_floating_point()]
+        torch._foreach_lerp_(
+            [local(self._averages[name]) for name in floating],
+            [local(values[name]) for name in floating],
+            1 - self.decay_at(step),
+        )
+        counts = {name: average for name, average in self._averages.items() if not average.is_floating_point()}
+        _copy_into(counts, values)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Within the `with` block `model` holds the averages; afterwards, error or not, its own values bit for bit.
+
+        Values are copied into the tensors in place, so that DDP, compiled graphs and optimizers keep their hold on
+        them. Costs one more copy of the weights while the block lasts. Do not train inside.
+        """
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        _copy_into(model.state_dict(), self._averages)
+        try:
+            yield
+        finally:
+            _copy_into(model.state_dict(), own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, contiguous and without shared memory among them, as safetensors wants them.
+
+        Names are those of the network's own state dict: `model.load_state_dict` takes it too. Contiguous entries are
+        the live averages, not copies: the next `update` changes them.
+        """
+        return {name: average.contiguous() for name, average in self._averages.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replaces the averages. Raises ValueError, and changes nothing, if names or shapes are not this network's."""
+        different = sorted(self._averages.keys() ^ state.keys()) or [
+            name for name, average in self._averages.items() if average.shape != state[name].shape
+        ]
+        if different:
+            raise ValueError(
+                f"the saved averages (--train.ema_decay) belong to another network: {len(different)} entries differ, "
+                f"the first is {different[0]}; resume with the settings they were saved with"
+            )
+        _copy_into(self._averages, {name: part_of(state[name], average) for name, average in self._averages.items()})
+
+
+@torch.no_grad()
+def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_([local(target) for target in targets.values()], [local(values[name]) for name in targets])
+
+
+def build_average(config: TrainConfig, model: nn.Module) -> ExponentialAverage | None:
+    """The average that `train.ema_decay` asks for, of the bare network."""
+    return None if config.ema_decay is None else ExponentialAverage(model, config.ema_decay)

@@ -1,0 +1,70 @@
+"""Losses: one number per sample.
+
+Nothing is averaged here. A mean over a microbatch would weigh the samples of a short one more than others; the caller
+sums these numbers and divides by the size of the global batch.
+"""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.settings.config import TrainConfig
+
+IGNORED = -100
+"""The target of a sample that has no say: its loss and its gradient are 0."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def build_loss(config: TrainConfig) -> Loss:
+    """The loss of `config`: logits (B, C) and targets to losses (B,).
+
+    Targets are int64 classes (B,), `IGNORED` among them, or floating shares of each class (B, C) as mixup and cutmix
+    make them: rows sum to 1, a row of zeros is ignored. Losses are computed in float32 at least, in float64 for float64
+    logits. Label smoothing (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567) gives its share of every target to
+    all classes alike. Raises ValueError for an unknown name.
+    """
+    losses: dict[str, Loss] = {
+        "cross_entropy": partial(_cross_entropy, label_smoothing=config.label_smoothing),
+        "nll": _nll,
+    }
+    if config.loss not in losses:
+        nearest = difflib.get_close_matches(config.loss, losses, n=1, cutoff=0)[0]
+        raise ValueError(f"--train.loss={config.loss} is unknown, the nearest is {nearest}: {', '.join(losses)}")
+    return losses[config.loss]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    logits = _at_least_float32(logits)
+    if not targets.is_floating_point():
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+    # Smoothed here and not by torch, which would smooth an ignored row of zeros into a row that counts.
+    targets = targets.to(logits.dtype)
+    targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    log_probabilities = F.log_softmax(_at_least_float32(logits), dim=1)
+    if not targets.is_floating_point():
+        return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="none")
+    return -(targets * log_probabilities).sum(dim=1)
+
+
+def total(losses: Tensor) -> Tensor:
+    """The sum of losses (B,), whose gradient is NaN if it is not finite.
+
+    An infinite loss can have finite gradients. This way whoever gets the sum of all gradients, with every process's
+    part in it, sees that one loss was not finite, and no process has to tell the others.
+    """
+    loss = losses.sum()
+    return loss * torch.ones_like(loss).where(loss.isfinite(), torch.nan)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    # bfloat16 keeps 8 bits of the sum of exponentials: enough for a forward pass, not for the loss that is logged.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

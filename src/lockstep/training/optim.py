@@ -1,0 +1,137 @@
+"""Optimizers: how gradients become updates.
+
+The learning rate is not the optimizer's business: schedule.py computes it and `set_lr` writes it before every step.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from lockstep.launch.sharding import is_sharded, whole
+from lockstep.settings.config import OptimConfig
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+}
+
+# Device types with a fused kernel in every torch we support. Adagrad has one for CUDA too, but only since torch 2.12.
+_FUSED_DEVICES = {
+    "sgd": {"cpu", "cuda"},
+    "adam": {"cpu", "cuda"},
+    "adamw": {"cpu", "cuda"},
+    "adagrad": {"cpu"},
+}
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `config` over the trainable parameters of `model`, fused into one kernel where torch can.
+
+    Build it when `model` is on its device and has its dtype: the choice of kernel (and Adagrad's state) follows them.
+    Everything that `config` does not set has torch's default. With `decay_all=false` biases and norm parameters (one
+    dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187.
+    The order within a group is that of `model.parameters()`, so equal models give interchangeable state dicts.
+    Raises ValueError for an unknown name and for a model without trainable parameters.
+    """
+    if config.name not in _OPTIMIZERS:
+        nearest = difflib.get_close_matches(config.name, _OPTIMIZERS, n=1, cutoff=0)[0]
+        raise ValueError(f"--optim.name={config.name} is unknown, the nearest is {nearest}: {', '.join(_OPTIMIZERS)}")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze some before training")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name in ("sgd", "rmsprop"):
+        options["momentum"] = config.momentum
+    if config.name == "sgd":
+        options["nesterov"] = config.nesterov
+    if _can_fuse(config.name, parameters):
+        options["fused"] = True
+    optimizer = _OPTIMIZERS[config.name](_parameter_groups(config, parameters), **options)
+    if config.name == "sgd" and config.momentum:
+        # The first step makes them without filling them, and leaves them so if it is skipped (torch 2.15).
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _can_fuse(name: str, parameters: Sequence[Tensor]) -> bool:
+    devices = _FUSED_DEVICES.get(name, set())
+    return all(
+        # The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
+        p.device.type in devices and p.is_floating_point() and not is_sharded(p)
+        for p in parameters
+    )
+
+
+def _parameter_groups(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    if config.decay_all:
+        return [{"params": list(parameters)}]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Gives every parameter group the learning rate of the coming step, and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+@torch.no_grad()
+def add_l1_gradient(parameters: Iterable[Tensor], l1: float) -> None:
+    """Adds `l1 * sign(w)`, the (sub)gradient of `l1 * sum(|w|)`, to the gradient of every parameter that has one.
+
+    Call it once per step, when the gradients are complete, averaged over processes and free of any loss scale.
+    Zero weights, and all weights when `l1` is 0, get nothing.
+    """
+    pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if l1 and pairs:
+        weights, gradients = zip(*pairs, strict=True)
+        torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=l1)
+
+
+def finish_gradients(accelerator: Accelerator, model: nn.Module, config: OptimConfig) -> Tensor:
+    """Once per step, when the gradients are complete: undo fp16 scaling, add the L1 penalty's part, clip.
+
+    Returns their total norm before clipping, a scalar tensor on the device that the host has not waited for.
+    """
+    accelerator.unscale_gradients()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if config.l1:
+        add_l1_gradient(parameters, config.l1)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+    return whole(norm)
+
+
+def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:
+    """One optimizer step; nothing, neither weights nor state, changes where `bad`, a flag on the device, is set.
+
+    The fused kernels look at the flag themselves. Others wait for the device to know it. In fp16 the gradient scaler
+    has looked at the same gradients, and lowers its scale too.
+    """
+    bare = optimizer.optimizer
+    if optimizer.scaler is None and bare.defaults.get("fused"):
+        bare.found_inf = bad.float()
+    if optimizer.scaler is not None or bare.defaults.get("fused") or not bad:
+        optimizer.step()
+
+
+def histograms_of(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients and weights of every layer, by name, for histograms. Every process must take part."""
+    named = list(model.named_parameters())
+    gradients = {f"gradients/{name}": whole(p.grad) for name, p in named if p.grad is not None}
+    return {**gradients, **{f"weights/{name}": whole(p.detach()) for name, p in named}}

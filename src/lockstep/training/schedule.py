@@ -1,0 +1,205 @@
+"""The learning rate as a pure function of the step.
+
+Nothing is stepped and nothing is saved: a resumed run asks for the learning rate of its next step and gets it.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lockstep.settings.config import SCHEDULES, ScheduleConfig
+
+WARMUP_START = 0.01
+"""Share of the learning rate at which a warm-up begins."""
+
+# torch's defaults for ReduceLROnPlateau (threshold, eps) and OneCycleLR (div_factor, final_div_factor).
+_PLATEAU_THRESHOLD = 1e-4
+_PLATEAU_SMALLEST_DROP = 1e-8
+_ONECYCLE_DIV = 25.0
+_ONECYCLE_FINAL_DIV = 1e4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate for every step; `build_schedule` makes it and checks the settings against each other.
+
+    Lengths in epochs become steps by rounding, so they may be fractions: half an epoch of 25 steps is 12.
+
+    - `constant`, and `step`, `multistep`, `exponential`, `plateau`, which change at the end of an epoch: torch's shapes
+      of these names, stepped per epoch. Warm-up scales them; their borders stay at the epochs that were asked for.
+    - `cosine`, `cosine_restarts`, `polynomial` fall a little every step and start when warm-up is over: `cosine` and
+      `polynomial` take all remaining steps and would reach `min_lr` at step `total_steps`, one after the last.
+    - `cyclic`: torch's CyclicLR (triangular) from a valley at `min_lr` (torch: `base_lr`) up to `lr` (`max_lr`) and
+      back, `period_epochs` for both ways. `onecycle`: torch's OneCycleLR, whose end points `lr / 25` and `lr / 250000`
+      are raised to `min_lr`. Both count from step 0, warm-up scales them, and they leave momentum alone, unlike torch.
+
+    While warm-up lasts the learning rate may lie below `min_lr`.
+    """
+
+    config: ScheduleConfig
+    lr: float
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps with a reduced learning rate; the one after them is the first with the full one."""
+        return round(self.config.warmup_epochs * self.steps_per_epoch)
+
+    @property
+    def period_steps(self) -> float:
+        """Steps of one period, not rounded: the borders of the periods are, so that errors do not add up."""
+        return self.config.period_epochs * self.steps_per_epoch
+
+    def lr_at(self, step: int, val_losses: Sequence[float] = ()) -> float:
+        """The learning rate of the update that `step` updates precede (the first has `step` 0).
+
+        Only `plateau` reads `val_losses`, the validation losses of completed epochs, oldest first. Those of epochs that
+        end after `step` are left out, so a whole run's losses give any step's learning rate.
+        """
+        assert step >= 0, step
+        if self.config.name == "plateau":
+            lr = _plateau(self, val_losses[: step // self.steps_per_epoch])
+        else:
+            lr = _SHAPES[self.config.name](self, step)
+        return lr * self._warmup(step)
+
+    def _warmup(self, step: int) -> float:
+        if step >= self.warmup_steps:
+            return 1.0
+        return WARMUP_START + (1 - WARMUP_START) * step / self.warmup_steps
+
+
+def build_schedule(config: ScheduleConfig, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The schedule of `config` for a training of `total_steps` updates with the highest learning rate `lr`.
+
+    Raises ValueError for an unknown name and for settings that contradict each other or the length of the training:
+    a warm-up that leaves no step, a floor above `lr`, a period too short to have a shape, a plateau that never drops.
+    """
+    assert lr > 0 and steps_per_epoch > 0 and total_steps > 0, (lr, steps_per_epoch, total_steps)
+    if config.name not in SCHEDULES:
+        nearest = difflib.get_close_matches(config.name, SCHEDULES, n=1, cutoff=0)[0]
+        raise ValueError(f"--schedule.name={config.name} is unknown, the nearest is {nearest}: {', '.join(SCHEDULES)}")
+    schedule = Schedule(config, lr, steps_per_epoch, total_steps)
+    if schedule.warmup_steps >= total_steps:
+        raise ValueError(
+            f"--schedule.warmup_epochs={config.warmup_epochs} is {schedule.warmup_steps} steps, but the whole training "
+            f"has {total_steps}: shorten the warm-up, or raise --train.epochs (or --train.max_steps)"
+        )
+    if config.name in _WITH_FLOOR and config.min_lr > lr:
+        raise ValueError(f"--schedule.min_lr={config.min_lr} lies above --optim.lr={lr}: lower one or raise the other")
+    shortest = _SHORTEST_PERIOD_STEPS.get(config.name, 0)
+    if schedule.period_steps < shortest:
+        raise ValueError(
+            f"--schedule.period_epochs={config.period_epochs} is {schedule.period_steps:.3g} steps "
+            f"({steps_per_epoch} per epoch), but --schedule.name={config.name} needs at least {shortest}: raise it"
+        )
+    if config.name == "plateau" and config.gamma >= 1:
+        raise ValueError(f"--schedule.gamma={config.gamma} must be below 1 for --schedule.name=plateau")
+    return schedule
+
+
+_WITH_FLOOR = {"cosine", "cosine_restarts", "cyclic", "onecycle", "polynomial", "plateau"}
+_SHORTEST_PERIOD_STEPS = {"step": 1, "cosine_restarts": 2, "cyclic": 2}
+
+
+def _constant(schedule: Schedule, step: int) -> float:
+    return schedule.lr
+
+
+def _step(schedule: Schedule, step: int) -> float:
+    drops, _ = _period_and_phase(step, schedule.period_steps)
+    return schedule.lr * schedule.config.gamma**drops
+
+
+def _multistep(schedule: Schedule, step: int) -> float:
+    borders = [round(milestone * schedule.steps_per_epoch) for milestone in schedule.config.milestones]
+    return schedule.lr * schedule.config.gamma ** sum(border <= step for border in borders)
+
+
+def _exponential(schedule: Schedule, step: int) -> float:
+    return schedule.lr * schedule.config.gamma ** (step // schedule.steps_per_epoch)
+
+
+def _cosine(schedule: Schedule, step: int) -> float:
+    return _cosine_between(schedule.lr, schedule.config.min_lr, _share_after_warmup(schedule, step))
+
+
+def _cosine_restarts(schedule: Schedule, step: int) -> float:
+    _, phase = _period_and_phase(max(0, step - schedule.warmup_steps), schedule.period_steps)
+    return _cosine_between(schedule.lr, schedule.config.min_lr, phase)
+
+
+def _polynomial(schedule: Schedule, step: int) -> float:
+    floor = schedule.config.min_lr
+    return floor + (schedule.lr - floor) * (1 - _share_after_warmup(schedule, step)) ** schedule.config.power
+
+
+def _cyclic(schedule: Schedule, step: int) -> float:
+    _, phase = _period_and_phase(step, schedule.period_steps)
+    height = 1 - abs(1 - 2 * phase)
+    return schedule.config.min_lr + (schedule.lr - schedule.config.min_lr) * height
+
+
+def _onecycle(schedule: Schedule, step: int) -> float:
+    """Two half cosines, up then down (Smith and Topin 2017, https://arxiv.org/abs/1708.07120, in torch's shape)."""
+    first = schedule.lr / _ONECYCLE_DIV
+    final = max(first / _ONECYCLE_FINAL_DIV, schedule.config.min_lr)
+    last_step = schedule.total_steps - 1
+    peak_step = schedule.config.peak * schedule.total_steps - 1
+    if step < peak_step:
+        return _cosine_between(max(first, schedule.config.min_lr), schedule.lr, step / peak_step)
+    return _cosine_between(schedule.lr, final, (min(step, last_step) - peak_step) / (last_step - peak_step))
+
+
+def _plateau(schedule: Schedule, val_losses: Sequence[float]) -> float:
+    """torch's ReduceLROnPlateau, replayed over all losses so far."""
+    lr, best, bad_epochs = schedule.lr, math.inf, 0
+    for loss in val_losses:
+        if loss < best * (1 - _PLATEAU_THRESHOLD):  # false for a NaN too, which therefore counts as a bad epoch
+            best, bad_epochs = loss, 0
+        else:
+            bad_epochs += 1
+        if bad_epochs > schedule.config.patience:
+            bad_epochs = 0
+            lower = max(lr * schedule.config.gamma, schedule.config.min_lr)
+            if lr - lower > _PLATEAU_SMALLEST_DROP:
+                lr = lower
+    return lr
+
+
+_SHAPES: dict[str, Callable[[Schedule, int], float]] = {
+    "constant": _constant,
+    "step": _step,
+    "multistep": _multistep,
+    "exponential": _exponential,
+    "cosine": _cosine,
+    "cosine_restarts": _cosine_restarts,
+    "cyclic": _cyclic,
+    "onecycle": _onecycle,
+    "polynomial": _polynomial,
+}
+
+
+def _share_after_warmup(schedule: Schedule, step: int) -> float:
+    """How much of the training that follows warm-up is done, in [0, 1]."""
+    done = max(0, step - schedule.warmup_steps)
+    return min(1.0, done / (schedule.total_steps - schedule.warmup_steps))
+
+
+def _period_and_phase(step: int, period_steps: float) -> tuple[int, float]:
+    """Which period `step` lies in, and where: 0 at its beginning, towards 1 at its end.
+
+    Period k begins at step round(k * period_steps), which also makes this safe from lengths such as
+    0.1 * 30 = 3.0000000000000004. The phase is clipped, as that shifts the beginning by up to half a step.
+    """
+    period = int((step + 0.5) / period_steps)
+    if round(period * period_steps) > step:
+        period -= 1
+    return period, min(1.0, max(0.0, step / period_steps - period))
+
+
+def _cosine_between(start: float, end: float, share: float) -> float:
+    """Half a cosine wave from `start` at share 0 to `end` at share 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

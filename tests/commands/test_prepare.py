@@ -1,0 +1,68 @@
+"""What is fetched before a job without internet, and where it says that it went."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from PIL import Image
+
+from lockstep.commands.prepare import prepare
+from lockstep.settings.cli import parse_config
+
+
+def image_folder(root: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def test_decodes_into_the_cache_once_and_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = image_folder(tmp_path / "pets")
+    arguments = [f"--data.source=folder:{source}", f"--data.cache_dir={tmp_path / 'cache'}", "--model.name=tiny_cnn"]
+    lines = prepare(parse_config(arguments))
+    assert f"files: {source}" in lines and f"decoded images: {tmp_path / 'cache'} (--data.cache_dir)" in lines
+    assert any("12 train, 6 val, 6 test images of 16x16x3 in 2 classes" in line for line in lines)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
+    assert made and not (tmp_path / "runs").exists()
+    prepare(parse_config(arguments))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")} == made
+
+    streamed = prepare(parse_config([*arguments, "--data.memory_budget=0"]))
+    assert any(line.startswith("decoded images: none") for line in streamed)
+
+
+def test_weights_out_of_reach_are_one_line(tmp_path: Path) -> None:
+    arguments = ["--model.name=timm/resnet18", "--model.pretrained=true", f"--data.cache_dir={tmp_path}"]
+    command = [sys.executable, "-m", "lockstep", "prepare", *arguments]
+    away = environment(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    done = subprocess.run(command, cwd=ROOT, env=away, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "resnet18" in line and "hf download" in line and "Traceback" not in done.stderr
+
+
+def test_weights_are_found_in_the_hubs_cache_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(
+        "lockstep.commands.prepare.build_network", lambda *args, **kwargs: built.append(args) or _network()
+    )
+    config = parse_config(["--model.name=timm/resnet18", "--model.pretrained=true", f"--data.cache_dir={tmp_path}"])
+    lines = prepare(config)
+    assert built and lines[-1].startswith("published weights: ") and os.sep in lines[-1]
+
+
+def _network():
+    import torch
+
+    return torch.nn.Linear(1, 1)

@@ -1,0 +1,155 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples, plot_transforms
+
+
+def history(epochs: int = 4, steps_per_epoch: int = 100) -> list[dict]:
+    records: list[dict] = []
+    for step in range(25, epochs * steps_per_epoch + 1, 25):
+        epoch = math.ceil(step / steps_per_epoch)
+        train = {"loss": 2 / step, "accuracy": 1 - 1 / step, "lr": 1e-3 / step}
+        records.append({"step": step, "epoch": epoch, "split": "train", **train})
+        if step % steps_per_epoch == 0:
+            records.append({"step": step, "epoch": epoch, "split": "val", "loss": 3 / step, "accuracy": 1 - 2 / step})
+    return records
+
+
+def png(path: Path) -> np.ndarray:
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "a temporary file was left behind"
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def digits() -> np.ndarray:
+    from sklearn.datasets import load_digits
+
+    return (load_digits().images[:30, :, :, None] * 15).astype(np.uint8)
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_curves_have_three_panels_over_fractional_epochs(tmp_path: Path) -> None:
+    records = [*history(), {"step": 400, "best_step": 300, "split": "test", "loss": 0.123, "accuracy": 0.961}]
+    figure = plot_curves(records, tmp_path / "curves.png")
+    assert png(tmp_path / "curves.png").shape == (570, 1800, 3)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy", "Learning rate"]
+    loss, accuracy, lr = figure.axes
+    train, val, test = loss.lines
+    assert train.get_xdata()[0] == pytest.approx(0.25) and train.get_xdata()[-1] == pytest.approx(4)
+    assert list(val.get_xdata()) == pytest.approx([1, 2, 3, 4])
+    assert list(val.get_ydata()) == pytest.approx([0.03, 0.015, 0.01, 0.0075])
+    assert (test.get_xdata()[0], test.get_ydata()[0]) == pytest.approx((3, 0.123))
+    assert "100 %" in [label.get_text() for label in accuracy.get_yticklabels()]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["train", "val", "test 96.1 %"]
+    assert len(lr.lines) == 1
+
+
+def test_curves_of_a_run_that_stopped_within_an_epoch(tmp_path: Path) -> None:
+    stopped = {"step": 425, "epoch": 5, "split": "train", "loss": 0.1}
+    figure = plot_curves([*history(), stopped], tmp_path / "curves.png")
+    assert figure.axes[0].lines[0].get_xdata()[-1] == pytest.approx(4.25)
+
+
+def test_curves_of_an_empty_or_broken_history(tmp_path: Path) -> None:
+    figure = plot_curves([], tmp_path / "curves.png")
+    assert [texts(axes) for axes in figure.axes] == [["nothing logged yet"]] * 3
+    assert png(tmp_path / "curves.png").shape == (570, 1800, 3)
+    lost = [{"step": 5, "epoch": 1, "split": "train", "loss": math.nan, "accuracy": math.inf, "lr": None}]
+    figure = plot_curves(lost, tmp_path / "curves.png")
+    assert texts(figure.axes[2]) == ["nothing logged yet"]
+
+
+def test_confusion_matrix_shows_counts_names_and_accuracy(tmp_path: Path) -> None:
+    counts = np.array([[1200, 300, 0], [0, 10, 30], [0, 0, 0]])
+    figure = plot_confusion_matrix(counts, ["cat", "dog", "sloth"], tmp_path / "matrix.png")
+    axes = figure.axes[0]
+    assert sorted(texts(axes)) == ["10", "1200", "30", "300"]
+    assert axes.get_title(loc="left") == "1,210 of 1,540 right: accuracy 78.6 %"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "sloth"]
+    shares = axes.images[0].get_array()
+    assert np.allclose(shares, [[0.8, 0.2, 0], [0, 0.25, 0.75], [0, 0, 0]])
+    pixels = png(tmp_path / "matrix.png")
+    assert pixels.shape == (828, 900, 3) and pixels.std() > 20
+
+
+@pytest.mark.parametrize(("classes", "counts_shown", "names_shown"), [(25, 25, 25), (26, 0, 26), (101, 0, 34)])
+def test_confusion_matrix_of_many_classes(classes: int, counts_shown: int, names_shown: int, tmp_path: Path) -> None:
+    names = [f"a very long class name {index}" for index in range(classes)]
+    figure = plot_confusion_matrix(7 * np.eye(classes, dtype=int), names, tmp_path / "matrix.png")
+    axes = figure.axes[0]
+    assert len(axes.texts) == counts_shown
+    assert len(axes.get_xticklabels()) == len(axes.get_yticklabels()) == names_shown
+    assert max(len(label.get_text()) for label in axes.get_yticklabels()) == 20
+
+
+def test_confusion_matrix_refuses_another_number_of_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(3, 3\) does not fit 2 class names"):
+        plot_confusion_matrix(np.eye(3), ["a", "b"], tmp_path / "matrix.png")
+    with pytest.raises(ValueError, match="0 class names"):
+        plot_confusion_matrix(np.zeros((0, 0)), [], tmp_path / "matrix.png")
+    assert not any(tmp_path.iterdir())
+
+
+def test_empty_confusion_matrix_is_drawn(tmp_path: Path) -> None:
+    figure = plot_confusion_matrix(np.zeros((2, 2), int), ["a", "b"], tmp_path / "matrix.png")
+    assert figure.axes[0].get_title(loc="left") == "no samples"
+
+
+def test_samples_grid_marks_wrong_ones(tmp_path: Path) -> None:
+    images = digits()[:7]
+    wrong = [False, True, False, False, False, False, False]
+    figure = plot_samples(images, [f"digit {index}" for index in range(7)], tmp_path / "samples.png", wrong=wrong)
+    assert len(figure.axes) == 9
+    assert [axes.get_title() for axes in figure.axes] == [f"digit {index}" for index in range(7)] + ["", ""]
+    assert [bool(axes.spines["left"].get_visible()) for axes in figure.axes] == [*wrong, False, False]
+    shown = figure.axes[1].images[0]
+    assert np.array_equal(shown.get_array(), images[1, :, :, 0]) and shown.get_interpolation() == "nearest"
+    pixels = png(tmp_path / "samples.png").astype(int)
+    assert pixels.shape == (877, 765, 3)
+    assert ((pixels[..., 0] - pixels[..., 1]) > 100).sum() > 500, "no red frame"
+
+
+def test_samples_stop_at_25_and_refuse_bad_input(tmp_path: Path) -> None:
+    figure = plot_samples(digits(), ["x"] * 30, tmp_path / "samples.png")
+    assert len(figure.axes) == 25
+    with pytest.raises(ValueError, match="no images"):
+        plot_samples(digits()[:0], [], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="30 images need as many titles"):
+        plot_samples(digits(), ["x"], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_transforms_gallery_has_a_labelled_row_each(tmp_path: Path) -> None:
+    images = np.repeat(digits()[:4], 3, axis=3)
+    figure = plot_transforms({"original": images, "flip": images[:2, :, ::-1]}, tmp_path / "transforms.png")
+    rows = np.array(figure.axes).reshape(2, 4)
+    assert [row[0].get_ylabel() for row in rows] == ["original", "flip"]
+    assert [len(axes.images) for axes in rows.flat] == [1, 1, 1, 1, 1, 1, 0, 0]
+    pixels = png(tmp_path / "transforms.png")
+    assert pixels.shape == (435, 1080, 3) and pixels.std() > 20
+    with pytest.raises(ValueError, match="no images"):
+        plot_transforms({}, tmp_path / "none.png")
+
+
+def test_same_input_gives_the_same_file_and_no_global_figure(tmp_path: Path) -> None:
+    plot_curves(history(), tmp_path / "a" / "curves.png")
+    plot_curves(history(), tmp_path / "b" / "curves.png")
+    assert (tmp_path / "a" / "curves.png").read_bytes() == (tmp_path / "b" / "curves.png").read_bytes()
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(OSError):
+        plot_curves([], tmp_path / "curves.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

@@ -1,0 +1,173 @@
+"""What a finished run leaves: tables, predictions, pictures, summary."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+from torch import nn
+
+from lockstep.augment.transform import build_transform
+from lockstep.data.images import Data, build_data
+from lockstep.data.loader import EvaluationLoader
+from lockstep.evaluation.evaluate import Metrics, evaluate
+from lockstep.launch.accelerator import Launch
+from lockstep.report.summary import (
+    class_names,
+    class_table,
+    draw_confusion,
+    draw_figures,
+    report_training,
+    write_predictions,
+)
+from lockstep.run.folder import Run
+from lockstep.run.tracker import build_tracker
+from lockstep.settings.config import Config, DataConfig, LogConfig, RunConfig
+from lockstep.training.progress import Progress, build_calendar
+
+
+def config_of(folder: Path, **log: Any) -> Config:
+    quiet: dict[str, Any] = {"wandb": "disabled", "tensorboard": False, **log}
+    data = DataConfig(cache_dir=str(folder / "cache"), num_classes=12)
+    return Config(run=RunConfig(name="run", root=str(folder)), data=data, log=LogConfig(**quiet))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Metrics]:
+    """Digits, and what an untrained network with two classes too many makes of them."""
+    folder = tmp_path_factory.mktemp("report")
+    config = config_of(folder)
+    data = build_data(config, folder, write=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+    loader = EvaluationLoader(data.test, 12, Launch(torch.device("cpu"), 1, 0, 0, "no", 1), config)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
+    return data, evaluate(model, loader, transform, Accelerator(cpu=True))
+
+
+def perfect(data: Data) -> Metrics:
+    labels = data.test.labels.numpy()
+    ones, zeros = np.ones(len(labels)), np.zeros(len(labels))
+    confusion = np.diag(np.bincount(labels, minlength=12))
+    return Metrics(0.0, 1.0, 1.0, np.arange(len(labels)), labels, labels, ones, zeros, confusion)
+
+
+def test_class_names_cover_all_outputs_of_the_network(evaluated: tuple[Data, Metrics]) -> None:
+    assert class_names(evaluated[0]) == [str(i) for i in range(12)]
+
+
+def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Metrics]) -> None:
+    data, metrics = evaluated
+    every = list(range(12))
+    scores = precision_recall_fscore_support(metrics.labels, metrics.predictions, labels=every, zero_division=0)
+    head, *rows, mean = class_table(metrics, data).splitlines()
+    assert head.split() == ["class", "precision", "recall", "f1", "samples"]
+    assert len({len(line) for line in (head, *rows, mean)}) == 1, "columns are not aligned"
+    for row, name, *expected in zip(rows, class_names(data), *scores, strict=True):
+        assert row.split()[0] == name
+        np.testing.assert_allclose([float(part) for part in row.split()[1:]], expected, atol=5.1e-5)
+    assert mean.startswith("macro mean")
+    wanted = [column.mean() for column in scores[:3]] + [359]
+    np.testing.assert_allclose([float(part) for part in mean.split()[2:]], wanted, atol=5.1e-5)
+
+
+def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+    data, metrics = evaluated
+    kept = np.arange(len(metrics.samples)) % 7 > 0  # as if every seventh image had been skipped
+    columns = ("samples", "labels", "predictions", "confidences", "losses")
+    some = replace(metrics, **{name: getattr(metrics, name)[kept] for name in columns})
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    images = data.test.subset(order)  # sample i is row order[i] of the source
+    path = write_predictions(tmp_path, "test", some, images, data)
+    assert path == tmp_path / "predictions_test.parquet"
+    table = pq.read_table(path).to_pydict()
+    assert list(table) == ["sample", "label", "prediction", "confidence", "loss"]
+    assert table["sample"] == order[torch.from_numpy(kept)].tolist()
+    assert table["label"] == [str(label) for label in some.labels]
+    assert table["prediction"] == [str(prediction) for prediction in some.predictions]
+    assert table["confidence"] == some.confidences.tolist() and table["loss"] == some.losses.tolist()
+
+
+def run_in(folder: Path, **log: Any) -> Run:
+    run = Run(folder / "run", config_of(folder, **log), {})
+    run.create(64)
+    return run
+
+
+def assert_picture(path: Path) -> None:
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert min(pixels.shape) > 300 and pixels.std() > 5, f"{path} is empty"
+
+
+def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+    data, metrics = evaluated
+    run = run_in(tmp_path)
+    paths = draw_figures(run, metrics, data)
+    assert list(paths) == ["curves", "confusion_matrix", "samples", "mistakes"]
+    assert {path.name for path in (run.path / "figures").iterdir()} == {f"{name}.png" for name in paths}
+    for path in paths.values():
+        assert_picture(path)
+    assert_picture(draw_confusion(run.path, "val", metrics, data))
+    assert (run.path / "figures" / "confusion_matrix_val.png").is_file()
+
+
+def test_without_mistakes_there_is_no_picture_of_them(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+    data, _ = evaluated
+    run = run_in(tmp_path)
+    assert list(draw_figures(run, perfect(data), data)) == ["curves", "confusion_matrix", "samples"]
+    assert not (run.path / "figures" / "mistakes.png").exists()
+
+
+def test_the_gallery_shows_the_worst_mistakes_first(
+    tmp_path: Path, evaluated: tuple[Data, Metrics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lockstep.report import summary as report
+
+    data, metrics = evaluated
+    assert data.test.images is not None and data.train.images is not None
+    shown: dict[str, tuple[np.ndarray, list[str]]] = {}
+    monkeypatch.setattr(
+        report, "plot_samples", lambda images, titles, path: shown.update({path.stem: (images, list(titles))})
+    )
+    draw_figures(run_in(tmp_path), metrics, data)
+    images, titles = shown["mistakes"]
+    wrong = metrics.predictions != metrics.labels
+    worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
+    assert titles == [f"{metrics.labels[i]}, taken for {metrics.predictions[i]}" for i in worst]
+    for image, i in zip(images, worst, strict=True):
+        assert np.array_equal(image, data.test.images[data.test.rows[int(i)]])
+    images, titles = shown["samples"]
+    assert titles == [str(label) for label in data.train.labels[:25].tolist()]
+    assert np.array_equal(images, data.train.images[data.train.rows[:25]])
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_a_finished_training_leaves_its_summary(
+    tmp_path: Path, figures: bool, evaluated: tuple[Data, Metrics], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, metrics = evaluated
+    run = run_in(tmp_path, figures=figures)
+    run.write_summary(state="running", of_before=7)
+    progress = Progress(step=50, val_losses=[0.5], best_step=40, best_accuracy=0.9, train_seconds=10.0, restarts=1)
+    tracker = build_tracker(run.config, run.path, is_main=True)
+    report_training(run, tracker, progress, build_calendar(run.config, steps_per_epoch=20), metrics, data)
+    summary = json.loads((run.path / "summary.json").read_text())
+    expected = {
+        "state": "finished", "of_before": 7, "test_accuracy": metrics.accuracy, "test_loss": metrics.loss,
+        "best_val_accuracy": 0.9, "best_step": 40, "steps": 50, "epochs": 3, "images_per_second": 50 * 64 / 10,
+        "train_seconds": 10.0, "restarts": 1,
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert (run.path / "figures").exists() == figures
+    printed = capsys.readouterr()
+    line = (printed.out + printed.err).strip().splitlines()[-1]
+    assert f"test accuracy {metrics.accuracy:.2%}" in line and "(best: step 40), 320 images/s" in line
+    assert str(run.path) in line

@@ -1,0 +1,136 @@
+"""Which run a command means: new, unfinished, finished, or somebody else's settings."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.launch.accelerator import Launch
+from lockstep.run.folder import Run, open_run
+from lockstep.settings.cli import load_config
+from lockstep.settings.config import Config, LogConfig, OptimConfig, RunConfig, TrainConfig
+
+LAUNCH = Launch(torch.device("cpu"), num_processes=1, process_index=0, local_process_index=0, precision="no", cores=1)
+
+
+def config_in(root: Path, **run: Any) -> Config:
+    return Config(run=RunConfig(name="digits", root=str(root), **run))
+
+
+def opened(config: Config) -> Run:
+    return open_run(config, LAUNCH)
+
+
+def folder_contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Run:
+    """A run that was started and killed at once."""
+    run = opened(config_in(tmp_path))
+    run.create(64)
+    return run
+
+
+def test_a_new_run_is_empty_and_opening_it_writes_nothing(tmp_path: Path) -> None:
+    run = opened(config_in(tmp_path / "runs"))
+    assert run.path == tmp_path / "runs" / "digits" and run.checkpoints == run.path / "checkpoints"
+    assert run.summary == {} and not run.is_finished and not run.has_checkpoint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_create_writes_settings_that_load_as_an_equal_config(begun: Run) -> None:
+    assert load_config(begun.path / "config.yaml") == begun.config
+    begun.create(64)  # a restart creates again
+    assert load_config(begun.path / "config.yaml") == begun.config
+
+
+def test_an_unfinished_run_goes_on(begun: Run) -> None:
+    begun.write_summary(state="running", restarts=1)
+    again = opened(begun.config)
+    assert again.path == begun.path and again.summary == begun.summary | {
+        "state": "running",
+        "micro_batch_size": 64,
+        "restarts": 1,
+    }
+    assert not again.is_finished and not again.has_checkpoint
+    (begun.checkpoints / "step_00000010").mkdir(parents=True)
+    (begun.checkpoints / "last").symlink_to("step_00000010")
+    assert again.has_checkpoint
+
+
+@pytest.mark.parametrize("state", ["running", "preempted", "failed"])
+def test_only_a_finished_run_is_finished(begun: Run, state: str) -> None:
+    begun.write_summary(state=state)
+    assert not opened(begun.config).is_finished
+
+
+def test_a_finished_run_tells_its_result_and_how_to_start_over(begun: Run) -> None:
+    begun.write_summary(state="finished", best_val_accuracy=0.98765, test_accuracy=0.5, images_per_second=10.0)
+    run = opened(begun.config)
+    assert run.is_finished
+    line = run.describe_result()
+    assert str(run.path) in line and "98.77%" in line and "test accuracy 50.00%" in line and "10" not in line[-60:]
+    assert "--run.name" in line and "--run.seed" in line and "\n" not in line
+
+
+def test_other_settings_are_refused_with_the_changed_keys_and_the_way_out(begun: Run) -> None:
+    other = replace(begun.config, optim=OptimConfig(lr=0.5, l1=0.1), train=TrainConfig(epochs=3))
+    before = folder_contents(begun.path)
+    with pytest.raises(ValueError) as refusal:
+        opened(other)
+    message = str(refusal.value)
+    for part in (str(begun.path), "optim.lr: 0.001 -> 0.5", "optim.l1: 0.0 -> 0.1", "train.epochs: 10 -> 3"):
+        assert part in message
+    assert "--run.name" in message and "remove the folder" in message and "\n" not in message
+    assert "optim.name" not in message, "unchanged settings only hide the changed ones"
+    assert folder_contents(begun.path) == before
+
+
+def test_settings_that_do_not_shape_the_result_may_change(begun: Run) -> None:
+    watched = replace(begun.config, log=LogConfig(every_steps=1, wandb="disabled"))
+    watched = replace(watched, run=replace(watched.run, notes="again", max_hours=1.0))
+    assert opened(watched).config == watched
+
+
+def test_tuples_do_not_look_changed_after_a_reload(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    config = replace(config, augment=replace(config.augment, jitter=(0.1, 0.2), mean=(0.5,), std=(0.25,)))
+    opened(config).create(64)
+    assert opened(config).path.is_dir()
+
+
+def test_never_resume_refuses_what_exists(begun: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--run\.resume=never.*digits.*--run\.name"):
+        opened(config_in(tmp_path, resume="never"))
+    assert opened(config_in(tmp_path / "elsewhere", resume="never")).summary == {}
+
+
+def test_must_resume_refuses_what_is_missing(begun: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--run\.resume=must.*elsewhere"):
+        opened(config_in(tmp_path / "elsewhere", resume="must"))
+    assert opened(config_in(tmp_path, resume="must")).path == begun.path
+
+
+def test_settings_that_cannot_be_read_are_named(begun: Run) -> None:
+    (begun.path / "config.yaml").write_text("optim: {lr: [")
+    with pytest.raises(ValueError, match=r"digits/config\.yaml"):
+        opened(begun.config)
+
+
+def test_a_half_written_summary_does_not_stop_a_restart(begun: Run) -> None:
+    (begun.path / "summary.json").write_text('{"state": "finis')
+    assert opened(begun.config).summary == {}
+
+
+def test_write_summary_merges(begun: Run) -> None:
+    begun.write_summary(state="running", restarts=0)
+    begun.write_summary(state="finished", test_accuracy=0.9)
+    summary = json.loads((begun.path / "summary.json").read_text())
+    assert summary == {"state": "finished", "micro_batch_size": 64, "restarts": 0, "test_accuracy": 0.9}
+    assert opened(begun.config).summary == summary
+    assert begun.summary == {}, "a Run shows what was found when it was opened"

@@ -1,0 +1,257 @@
+"""Every contradiction is refused with its flag and numbers, and a run's digest knows what shapes its result."""
+
+import ast
+import inspect
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import Any, get_args
+
+import pytest
+
+import lockstep.settings.config
+from lockstep.settings.config import SCHEDULES, Config, ScheduleConfig, settings_digest, shaping_settings
+
+SECTIONS = {name: type(section) for name, section in vars(Config()).items()}
+SETTINGS = [(section, setting.name) for section, cls in SECTIONS.items() for setting in fields(cls)]
+
+
+def configured(**settings: Any) -> Config:
+    """A Config from `section__key=value`."""
+    config = Config()
+    by_section: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        section, key = name.split("__")
+        by_section.setdefault(section, {})[key] = value
+    return replace(config, **{name: SECTIONS[name](**values) for name, values in by_section.items()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"run__seed": -1}, ["--run.seed=-1"]),
+        ({"run__name": ""}, ["--run.name=''"]),
+        ({"run__name": ".."}, ["--run.name='..'", "--run.root"]),
+        ({"run__name": "a/b"}, ["--run.name='a/b'", "--run.root"]),
+        ({"data__val_fraction": -0.1}, ["--data.val_fraction=-0.1", "[0, 1)"]),
+        ({"data__val_fraction": 1.0}, ["--data.val_fraction=1.0", "[0, 1)"]),
+        ({"data__workers": -2}, ["--data.workers=-2", "-1"]),
+        ({"data__memory_budget": -0.5}, ["--data.memory_budget=-0.5"]),
+        ({"data__repeats": 0}, ["--data.repeats=0", "at least 1"]),
+        ({"augment__resized_crop": 1.5}, ["--augment.resized_crop=1.5", "[0, 1]"]),
+        ({"augment__grayscale": -0.1}, ["--augment.grayscale=-0.1"]),
+        ({"augment__blur": 2.0}, ["--augment.blur=2.0"]),
+        ({"augment__erasing": 1.01}, ["--augment.erasing=1.01"]),
+        ({"augment__translate": 1.0}, ["--augment.translate=1.0", "[0, 1)"]),
+        ({"augment__zoom": 1.0}, ["--augment.zoom=1.0", "[0, 1)"]),
+        ({"augment__perspective": -0.5}, ["--augment.perspective=-0.5"]),
+        ({"augment__crop_padding": -1}, ["--augment.crop_padding=-1"]),
+        ({"augment__rotation": -5.0}, ["--augment.rotation=-5.0"]),
+        ({"augment__shear": -5.0}, ["--augment.shear=-5.0"]),
+        ({"augment__noise": -0.1}, ["--augment.noise=-0.1"]),
+        ({"augment__mixup": -0.2}, ["--augment.mixup=-0.2"]),
+        ({"augment__cutmix": -1.0}, ["--augment.cutmix=-1.0"]),
+        ({"augment__eval_crop": 0.0}, ["--augment.eval_crop=0.0", "(0, 1]"]),
+        ({"augment__eval_crop": 1.1}, ["--augment.eval_crop=1.1", "(0, 1]"]),
+        ({"augment__image_size": 0}, ["--augment.image_size=0"]),
+        ({"augment__jitter": (0.1,) * 5}, ["--augment.jitter", "at most"]),
+        ({"augment__jitter": (0.2, -0.1)}, ["--augment.jitter=[0.2, -0.1]"]),
+        ({"augment__jitter": (0.0, 0.0, 0.0, 0.6)}, ["--augment.jitter", "[0, 0.5]"]),
+        ({"augment__mean": (0.5,)}, ["--augment.mean", "--augment.std"]),
+        ({"augment__std": (0.5,)}, ["--augment.mean", "--augment.std"]),
+        ({"augment__mean": (0.5,), "augment__std": (0.0,)}, ["--augment.std=(0.0,)"]),
+        ({"model__dropout": 1.0}, ["--model.dropout=1.0", "[0, 1)"]),
+        ({"model__drop_path": -0.1}, ["--model.drop_path=-0.1"]),
+        ({"model__noise": -0.1}, ["--model.noise=-0.1"]),
+        ({"model__width": 0}, ["--model.width=0"]),
+        ({"model__hidden": (64, 0)}, ["--model.hidden=[64, 0]"]),
+        ({"model__pretrained": True, "model__checkpoint": "x"}, ["--model.pretrained", "--model.checkpoint"]),
+        ({"optim__lr": 0.0}, ["--optim.lr=0.0"]),
+        ({"optim__lr": float("nan")}, ["--optim.lr=nan"]),
+        ({"optim__weight_decay": -1e-4}, ["--optim.weight_decay=-0.0001"]),
+        ({"optim__l1": -1e-4}, ["--optim.l1=-0.0001"]),
+        ({"optim__name": "sgd", "optim__momentum": 1.0}, ["--optim.momentum=1.0", "[0, 1)"]),
+        ({"optim__name": "adam", "optim__momentum": 0.9}, ["--optim.momentum=0.9", "--optim.name=adam"]),
+        ({"optim__name": "sgd", "optim__nesterov": True}, ["--optim.nesterov", "--optim.momentum"]),
+        (
+            {"optim__name": "rmsprop", "optim__momentum": 0.9, "optim__nesterov": True},
+            ["--optim.nesterov", "--optim.name=sgd"],
+        ),
+        ({"optim__clip_norm": 0.0}, ["--optim.clip_norm=0.0"]),
+        ({"schedule__warmup_epochs": -1.0}, ["--schedule.warmup_epochs=-1.0"]),
+        ({"schedule__min_lr": -1.0}, ["--schedule.min_lr=-1.0"]),
+        ({"schedule__patience": -1}, ["--schedule.patience=-1"]),
+        ({"schedule__period_epochs": 0.0}, ["--schedule.period_epochs=0.0"]),
+        ({"schedule__gamma": 0.0}, ["--schedule.gamma=0.0"]),
+        ({"schedule__power": -2.0}, ["--schedule.power=-2.0"]),
+        ({"schedule__peak": 0.0}, ["--schedule.peak=0.0"]),
+        ({"schedule__peak": 1.0}, ["--schedule.peak=1.0"]),
+        ({"schedule__milestones": (3.0, 2.0)}, ["--schedule.milestones=[3.0, 2.0]"]),
+        ({"schedule__name": "multistep"}, ["--schedule.name=multistep", "--schedule.milestones"]),
+        ({"train__batch_size": 0}, ["--train.batch_size=0"]),
+        ({"train__epochs": 0}, ["--train.epochs=0"]),
+        ({"train__micro_batch_size": 0}, ["--train.micro_batch_size=0"]),
+        ({"train__max_steps": 0}, ["--train.max_steps=0"]),
+        ({"train__early_stop_epochs": 0}, ["--train.early_stop_epochs=0"]),
+        ({"train__label_smoothing": 1.0}, ["--train.label_smoothing=1.0", "[0, 1)"]),
+        (
+            {"train__loss": "nll", "train__label_smoothing": 0.1},
+            ["--train.label_smoothing", "--train.loss=cross_entropy"],
+        ),
+        ({"train__ema_decay": 1.0}, ["--train.ema_decay=1.0", "[0, 1)"]),
+        (
+            {"train__batch_size": 100, "train__micro_batch_size": 48},
+            ["--train.batch_size=100", "--train.micro_batch_size=48", "96 or 144"],
+        ),
+        ({"train__batch_size": 32, "train__micro_batch_size": 48}, ["=32", "=48", "nearest that is: 48"]),
+        ({"runtime__threads": 0}, ["--runtime.threads=0"]),
+        ({"runtime__rendezvous_seconds": 0}, ["--runtime.rendezvous_seconds=0"]),
+        (
+            {"runtime__dtype": "float64", "runtime__precision": "bf16"},
+            ["--runtime.dtype=float64", "--runtime.precision=bf16"],
+        ),
+        ({"checkpoint__every_steps": 0}, ["--checkpoint.every_steps=0"]),
+        ({"checkpoint__keep_every_steps": 0}, ["--checkpoint.keep_every_steps=0"]),
+        ({"train__max_bad_steps": 0}, ["--train.max_bad_steps=0"]),
+        ({"run__max_hours": 0.0}, ["--run.max_hours=0.0"]),
+        ({"data__num_classes": 1}, ["--data.num_classes=1"]),
+        ({"schedule__min_lr": 0.2, "optim__lr": 0.1}, ["--schedule.min_lr=0.2", "--optim.lr=0.1"]),
+        (
+            {"train__micro_batch_size": "auto", "runtime__sync_batchnorm": True},
+            ["--train.micro_batch_size=auto", "--runtime.sync_batchnorm"],
+        ),
+        ({"checkpoint__every_epochs": 0}, ["--checkpoint.every_epochs=0"]),
+        ({"checkpoint__keep_last": 0}, ["--checkpoint.keep_last=0"]),
+        ({"log__every_steps": 0}, ["--log.every_steps=0"]),
+        ({"log__histogram_every_steps": 0}, ["--log.histogram_every_steps=0"]),
+        ({"train__batch_size": 64, "data__repeats": 3}, ["--train.batch_size=64", "--data.repeats=3"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_contradiction_names_the_flag_and_the_numbers(settings: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        configured(**settings)
+    message = str(refusal.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data__val_fraction": 0.0, "data__memory_budget": 0.0, "data__workers": -1},
+        {"augment__resized_crop": 1.0, "augment__erasing": 1.0, "augment__eval_crop": 1.0, "augment__mixup": 0.0},
+        {"augment__jitter": (0.4, 0.4, 0.4, 0.5), "augment__mean": (0.0,), "augment__std": (0.1,)},
+        {"optim__name": "sgd", "optim__momentum": 0.9, "optim__nesterov": True},
+        {"optim__name": "rmsprop", "optim__momentum": 0.9},
+        {"schedule__name": "multistep", "schedule__milestones": (1.0, 1.0, 2.5), "schedule__patience": 0},
+        {"train__batch_size": 96, "train__micro_batch_size": 32, "data__repeats": 3},
+        {"train__loss": "nll", "train__ema_decay": 0.0},
+        {"runtime__dtype": "float64", "runtime__precision": "no"},
+        {"model__pretrained": True, "model__hidden": (1,)},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_the_edge_of_what_makes_sense_is_accepted(settings: dict[str, Any]) -> None:
+    config = configured(**settings)
+    for name, value in settings.items():
+        section, key = name.split("__")
+        assert getattr(getattr(config, section), key) == value
+
+
+def other_value(value: Any, annotation: Any) -> Any:
+    """A valid value that differs from a default."""
+    if isinstance(value, bool):
+        return not value
+    choices = [c for c in get_args(annotation) if isinstance(c, str)]
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, int | float):
+        return value * 2 or 1
+    return {str: "other", type(None): None, tuple: (1,)}[type(value)]
+
+
+CHANGES = {
+    "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
+    "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
+    "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
+    "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
+    "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
+    "train.ema_decay": 0.9, "checkpoint.keep_every_steps": 5,
+    "train.label_smoothing": 0.1, "train.early_stop_epochs": 2, "runtime.threads": 3, "checkpoint.every_steps": 5,
+    "log.histogram_every_steps": 5, "schedule.min_lr": 1e-5,
+}  # fmt: skip
+# A setting that is valid only beside another is changed from a Config that already has the other.
+COMPANIONS = {
+    "optim.momentum": {"optim__name": "sgd"},
+    "optim.nesterov": {"optim__name": "sgd", "optim__momentum": 0.9},
+    "augment.mean": {"augment__mean": (0.5,), "augment__std": (0.5,)},
+    "augment.std": {"augment__mean": (0.5,), "augment__std": (0.5,)},
+}
+SHAPELESS = {
+    "run.name", "run.root", "run.resume", "run.max_hours", "run.notes", "run.tags", "run.group",
+    "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
+    "runtime.compile", "runtime.threads", "runtime.profile", "runtime.fsdp",
+    "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
+    "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
+    "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key"), SETTINGS, ids=[".".join(setting) for setting in SETTINGS])
+def test_the_digest_changes_with_what_shapes_the_result_and_with_nothing_else(section: str, key: str) -> None:
+    flag = f"{section}.{key}"
+    before = configured(**COMPANIONS.get(flag, {}))
+    annotation = SECTIONS[section].__annotations__[key]
+    value = CHANGES.get(flag, other_value(getattr(getattr(before, section), key), annotation))
+    after = replace(before, **{section: replace(getattr(before, section), **{key: value})})
+    assert after != before
+    assert (settings_digest(after) == settings_digest(before)) == (flag in SHAPELESS)
+
+
+def test_a_digest_is_six_hex_digits_and_the_same_for_equal_settings() -> None:
+    digest = settings_digest(Config())
+    assert len(digest) == 6 and int(digest, 16) >= 0
+    assert settings_digest(configured(optim__lr=1e-3)) == digest
+
+
+def test_shaping_settings_are_named_as_on_the_command_line() -> None:
+    flags = {f"{section}.{key}" for section, key in SETTINGS}
+    assert set(shaping_settings(Config())) == flags - SHAPELESS
+    assert SHAPELESS < flags
+
+
+def test_there_are_few_settings() -> None:
+    assert 50 < len(SETTINGS) <= 97
+
+
+@pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)
+def test_every_setting_is_explained_in_a_line_below_it(cls: type) -> None:
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    for statement, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign):
+            explained = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            assert explained, f"{cls.__name__}.{ast.unparse(statement.target)} has no docstring"
+            text = below.value.value
+            assert len(text) > 5 and "\n" not in text
+    assert cls.__doc__
+
+
+def test_every_section_is_frozen_and_has_a_default_for_all_its_settings() -> None:
+    config = Config()
+    for name, section in vars(config).items():
+        assert is_dataclass(section) and section == SECTIONS[name]()
+        setting = fields(section)[0].name
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, setting, None)
+    with pytest.raises(FrozenInstanceError):
+        config.run = config.run  # type: ignore[misc]
+
+
+def test_the_names_of_schedules_are_written_twice_alike() -> None:
+    assert get_args(ScheduleConfig.__annotations__["name"]) == SCHEDULES
+
+
+def test_settings_know_nothing_of_torch_or_files() -> None:
+    tree = ast.parse(inspect.getsource(lockstep.settings.config))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"hashlib", "json", "dataclasses", "typing"}

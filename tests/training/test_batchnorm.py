@@ -1,0 +1,187 @@
+"""Running statistics: one move per step, from the mean over all microbatches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lockstep.models.network import build_model, convert_to_sync_batchnorm
+from lockstep.settings.config import ModelConfig
+from lockstep.training.batchnorm import RunningStatistics
+
+MOMENTUM, ACCUMULATION = 0.2, 3
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def network(dimensions: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layer: nn.Module = nn.BatchNorm1d(3, momentum=MOMENTUM) if dimensions == 1 else nn.BatchNorm2d(3, momentum=MOMENTUM)
+    return nn.Sequential(layer).double()
+
+
+def microbatches(dimensions: int, count: int = ACCUMULATION, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 3) if dimensions == 1 else (5, 3, 4, 2)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) * (i + 1) + i for i in range(count)]
+
+
+def statistics_of(batch: Tensor) -> tuple[Tensor, Tensor]:
+    values = batch.movedim(1, 0).flatten(1)
+    return values.mean(1), values.var(1, unbiased=True)
+
+
+def step(
+    model: nn.Module, statistics: RunningStatistics, batches: list[Tensor], accelerator: Accelerator, bad: bool = False
+) -> None:
+    model.train()
+    for batch in batches:
+        model(batch)
+        statistics.collect()
+    statistics.commit(accelerator, torch.tensor(bad))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_one_momentum_step_from_the_mean_over_microbatches(dimensions: int, accelerator: Accelerator) -> None:
+    model = network(dimensions)
+    layer: Any = model[0]
+    statistics = RunningStatistics(model)
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for seed in range(3):
+        batches = microbatches(dimensions, seed=seed)
+        step(model, statistics, batches, accelerator)
+        means, variances = zip(*map(statistics_of, batches), strict=True)
+        mean = (1 - MOMENTUM) * mean + MOMENTUM * torch.stack(means).mean(0)
+        var = (1 - MOMENTUM) * var + MOMENTUM * torch.stack(variances).mean(0)
+        # Between steps the network's own buffers hold them, for evaluation and checkpoints.
+        torch.testing.assert_close(layer.running_mean, mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(layer.running_var, var, rtol=1e-12, atol=0)
+        assert layer.num_batches_tracked == seed + 1, "steps are counted, not microbatches"
+
+
+def test_without_accumulation_it_is_what_torch_does(accelerator: Accelerator) -> None:
+    ours, theirs = network(2), network(2)
+    statistics = RunningStatistics(ours)
+    for batch in microbatches(2, 4):
+        step(ours, statistics, [batch], accelerator)
+        theirs.train()(batch)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=0)
+
+
+def test_the_order_of_microbatches_does_not_matter(accelerator: Accelerator) -> None:
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        model, batches = network(2), microbatches(2)
+        step(model, RunningStatistics(model), [batches[i] for i in order], accelerator)
+        results.append(model.state_dict()["0.running_var"])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
+
+
+def test_the_batch_itself_is_normalised_as_ever(accelerator: Accelerator) -> None:
+    ours, theirs = network(2), network(2)
+    RunningStatistics(ours)
+    batch = microbatches(2)[1]
+    assert torch.equal(ours.train()(batch), theirs.train()(batch))
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/test_efficientnet"])
+def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
+    """The second has timm's BatchNormAct2d, with a forward of its own; its statistics are seen by a hook."""
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name=name), (3, 32, 32), 5).double()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert len(layers) > 10
+    assert any(isinstance(layer, BatchNormAct2d) for layer in layers.values()) == ("efficientnet" in name)
+    momenta = {n: layer.momentum for n, layer in layers.items()}
+    before = {n: [b.clone() for b in layer.buffers()] for n, layer in layers.items()}  # mean, variance, count
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in layers}
+    for n, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, inputs, n=n: seen[n].append(statistics_of(inputs[0].detach())))
+    images = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
+    step(model, RunningStatistics(model), images, accelerator)
+    for n, layer in layers.items():
+        means, variances = (torch.stack(parts).mean(0) for parts in zip(*seen[n], strict=True))
+        for got, old, new in ((layer.running_mean, before[n][0], means), (layer.running_var, before[n][1], variances)):
+            expected = (1 - momenta[n]) * old + momenta[n] * new  # type: ignore[operator]
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, msg=n)
+        assert layer.num_batches_tracked == 1
+
+
+def test_each_layer_keeps_its_own_momentum(accelerator: Accelerator) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.BatchNorm1d(3, momentum=0.1)).double()
+    inputs = microbatches(1)[2] * 3
+    step(model, RunningStatistics(model), [inputs], accelerator)
+    mean, _ = statistics_of(inputs)
+    torch.testing.assert_close(model[0].running_mean, 0.5 * mean)
+    # The second layer sees normalised input: mean 0, variance n / (n - 1).
+    torch.testing.assert_close(model[1].running_var, torch.full((3,), 0.9 + 0.1 * 5 / 4).double(), rtol=1e-4, atol=0)
+
+
+def test_momentum_none_is_refused_with_the_layers_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=None))
+    with pytest.raises(ValueError, match=r"^batch norm 1 .*give it a momentum$"):
+        RunningStatistics(model)
+
+
+def test_networks_without_statistics_are_left_alone(accelerator: Accelerator) -> None:
+    for layer in (nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3)):
+        model = nn.Sequential(layer).double()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        step(model, RunningStatistics(model), microbatches(1), accelerator)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_bad_step_leaves_no_trace_but_its_count(accelerator: Accelerator) -> None:
+    with_bad, without = network(2), network(2)
+    spoilt = [batch.index_fill(0, torch.tensor([1]), torch.inf) for batch in microbatches(2)]
+    statistics, reference = RunningStatistics(with_bad), RunningStatistics(without)
+    for batches, bad in ((microbatches(2, seed=2), False), (spoilt, True), (microbatches(2, seed=3), False)):
+        step(with_bad, statistics, batches, accelerator, bad)
+        if not bad:
+            step(without, reference, batches, accelerator)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(with_bad[0], name), getattr(without[0], name)), name
+    assert with_bad[0].num_batches_tracked == 3, "a skipped step is a step"
+
+
+def test_going_on_from_a_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
+    batches = [microbatches(2, seed=seed) for seed in range(4)]
+    straight = network(2)
+    statistics = RunningStatistics(straight)
+    for each in batches[:2]:
+        step(straight, statistics, each, accelerator)
+    torch.save(straight.state_dict(), tmp_path / "weights.pt")
+    for each in batches[2:]:
+        step(straight, statistics, each, accelerator)
+
+    fresh = network(2)
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    resumed = RunningStatistics(fresh)  # as train.py: the weights come first
+    for each in batches[2:]:
+        step(fresh, resumed, each, accelerator)
+    late = network(2)
+    reloaded = RunningStatistics(late)
+    step(late, reloaded, batches[3], accelerator)
+    late(batches[0][0])
+    reloaded.collect()  # a step that was given up
+    late.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    reloaded.reload()
+    for each in batches[2:]:
+        step(late, reloaded, each, accelerator)
+    for model in (fresh, late):
+        for name, value in straight.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_sync_batchnorm_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="--runtime.sync_batchnorm=true needs GPUs, and this run is on cpu"):
+        convert_to_sync_batchnorm(network(2), torch.device("cpu"))

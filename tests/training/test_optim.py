@@ -1,0 +1,179 @@
+"""Optimizers against torch's own classes, weight decay groups, and the L1 gradient against autograd."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lockstep.settings.config import OptimConfig
+from lockstep.training.optim import add_l1_gradient, build_optimizer, set_lr, update
+
+# Our settings, and what a user of torch would write for the same optimizer.
+CASES = {
+    "sgd": ({}, torch.optim.SGD, {}),
+    "sgd-nesterov": ({"momentum": 0.8, "nesterov": True}, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+    "adam": ({}, torch.optim.Adam, {}),
+    "adamw": ({}, torch.optim.AdamW, {}),
+    "rmsprop": ({"momentum": 0.5}, torch.optim.RMSprop, {"momentum": 0.5}),
+    "adagrad": ({}, torch.optim.Adagrad, {}),
+    "adadelta": ({}, torch.optim.Adadelta, {}),
+}
+FUSED = {"sgd", "adam", "adamw", "adagrad"}
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)  # no bias before the norm: its gradient is rounding noise, which adam would blow up
+    return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        images = torch.randn(8, 1, 4, 4, generator=generator, dtype=dtype)
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_updates_as_torch(case: str) -> None:
+    settings, kind, keywords = CASES[case]
+    name = case.split("-")[0]
+    mine, theirs = network(), network()
+    optimizer = build_optimizer(OptimConfig(name, lr=0.05, weight_decay=0.01, **settings), mine)
+    train(mine, optimizer)
+    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.01, foreach=False, **keywords))
+    assert optimizer.defaults.get("fused") is (True if name in FUSED else None)
+    for one, other, start in zip(mine.parameters(), theirs.parameters(), network().parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+        assert not torch.equal(one, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", [*CASES, "sgd-momentum"])
+def test_a_bad_step_changes_neither_weights_nor_state(case: str, dtype: torch.dtype) -> None:
+    """Also as the very first step, for which torch makes momentum buffers and leaves them unfilled."""
+    settings = {"momentum": 0.9} if case == "sgd-momentum" else CASES[case][0]
+    results = []
+    for bad_steps in ({0, 2, 3}, set()):
+        model = network(dtype)
+        optimizer = Accelerator(cpu=True).prepare(
+            build_optimizer(OptimConfig(case.split("-")[0], lr=0.05, weight_decay=0.01, **settings), model)
+        )
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            images = torch.randn(8, 1, 4, 4, generator=generator, dtype=dtype)
+            if not bad_steps and step in {0, 2, 3}:
+                continue
+            optimizer.zero_grad()
+            (model.eval()(images).square().mean() * (torch.nan if step in bad_steps else 1)).backward()
+            update(optimizer, torch.tensor(step in bad_steps))
+        results.append((model.state_dict(), optimizer.state_dict()["state"]))
+    (weights, states), (expected_weights, expected_states) = results
+    assert all(torch.equal(weights[name], value) and value.isfinite().all() for name, value in expected_weights.items())
+    assert not torch.equal(weights["0.weight"], network(dtype)[0].weight)
+    for number, state in expected_states.items():
+        assert all(torch.equal(states[number][name], value) for name, value in state.items()), number
+
+
+def test_adamw_decays_only_as_configured() -> None:
+    assert build_optimizer(OptimConfig("adamw"), network()).defaults["weight_decay"] == 0  # torch's own is 0.01
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+def test_every_optimizer_takes_a_float32_step(name: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = network(torch.float32).to(device)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(OptimConfig(name, lr=0.1), model)
+    model(torch.randn(8, 1, 4, 4, device=device)).square().mean().backward()
+    optimizer.step()
+    assert all(not torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
+def test_decay_groups_hold_every_trainable_parameter_once_in_order() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    decayed, free = build_optimizer(OptimConfig("sgd", weight_decay=0.1, decay_all=False), model).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert decayed["params"] == [model[3].weight]
+    assert [id(p) for p in free["params"]] == [id(p) for p in model.parameters() if p.requires_grad and p.ndim == 1]
+
+
+def test_biases_without_decay_stand_still_under_zero_gradients() -> None:
+    model = nn.Linear(3, 2)
+    start = copy.deepcopy(model)
+    optimizer = build_optimizer(OptimConfig("adamw", lr=0.1, weight_decay=0.5, decay_all=False), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(model.bias, start.bias)
+    torch.testing.assert_close(model.weight, start.weight * (1 - 0.1 * 0.5))
+
+
+def test_a_group_that_would_be_empty_is_left_out() -> None:
+    config = OptimConfig("sgd", weight_decay=0.1, decay_all=False)
+    assert len(build_optimizer(config, nn.Linear(3, 2, bias=False)).param_groups) == 1
+    assert len(build_optimizer(config, nn.BatchNorm1d(3)).param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "rmsprop"])
+def test_a_saved_state_continues_bit_for_bit(name: str) -> None:
+    momentum = 0.9 if name == "sgd" else 0.0
+    config = OptimConfig(name, lr=0.01, momentum=momentum, weight_decay=0.1, decay_all=False)
+    straight, first = network(), network()
+    optimizer = build_optimizer(config, straight)
+    train(straight, optimizer)
+    train(straight, optimizer)
+    early = build_optimizer(config, first)
+    train(first, early)
+    second = network()
+    second.load_state_dict(first.state_dict())
+    late = build_optimizer(config, second)
+    late.load_state_dict(copy.deepcopy(early.state_dict()))
+    train(second, late)
+    assert all(torch.equal(one, other) for one, other in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_set_lr_reaches_every_group_and_the_update() -> None:
+    model = network()
+    optimizer = build_optimizer(OptimConfig("sgd", lr=1.0, weight_decay=0.1, decay_all=False), model)
+    set_lr(optimizer, 0.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+    train(model, optimizer, steps=1)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_l1_gradient_is_that_of_the_penalty() -> None:
+    model, penalised = network(), network()
+    images = torch.randn(8, 1, 4, 4, dtype=torch.float64)
+    for one in (model, penalised):
+        one[3].weight.data[0, 0] = 0.0  # a zero weight is not pushed
+        one[1].weight.requires_grad_(False)  # a frozen one has no gradient to add to
+    model(images).square().mean().backward()
+    add_l1_gradient(model.parameters(), 0.01)
+    penalty = sum(parameter.abs().sum() for parameter in penalised.parameters() if parameter.requires_grad)
+    (penalised(images).square().mean() + 0.01 * penalty).backward()
+    for one, other in zip(model.parameters(), penalised.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_l1_without_gradients_does_nothing() -> None:
+    model = network()
+    add_l1_gradient(model.parameters(), 0.01)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"--optim.name=adamww is unknown, the nearest is adamw: sgd, adam, adamw"):
+        build_optimizer(OptimConfig("adamww"), network())  # type: ignore[arg-type]
+
+
+def test_a_network_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="Flatten has no trainable parameter"):
+        build_optimizer(OptimConfig("sgd"), nn.Flatten())

@@ -1,0 +1,207 @@
+"""Every shape against torch's own scheduler, step by step, and the promises torch's schedulers do not make."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from lockstep.settings.config import SCHEDULES, ScheduleConfig
+from lockstep.training.schedule import Schedule, build_schedule
+
+LR = 0.1
+STEPS_PER_EPOCH = 7
+EPOCHS = 12
+TOTAL_STEPS = STEPS_PER_EPOCH * EPOCHS
+
+
+def schedule_of(name: str, **settings: object) -> Schedule:
+    return build_schedule(ScheduleConfig(name=name, **settings), LR, STEPS_PER_EPOCH, TOTAL_STEPS)
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR, momentum=0.9)
+
+
+def walk(scheduler: lr_scheduler.LRScheduler, stepped_per_epoch: bool = False) -> list[float]:
+    """The learning rates of all updates under one of torch's schedulers."""
+    lrs = []
+    for step in range(TOTAL_STEPS):
+        lrs.append(float(scheduler.optimizer.param_groups[0]["lr"]))
+        scheduler.optimizer.step()
+        if not stepped_per_epoch or (step + 1) % STEPS_PER_EPOCH == 0:
+            scheduler.step()
+    return lrs
+
+
+def ours(schedule: Schedule) -> list[float]:
+    return [schedule.lr_at(step) for step in range(TOTAL_STEPS)]
+
+
+def test_constant() -> None:
+    assert ours(schedule_of("constant")) == [LR] * TOTAL_STEPS
+
+
+def test_step_as_in_torch() -> None:
+    expected = walk(lr_scheduler.StepLR(optimizer(), 3, gamma=0.5), stepped_per_epoch=True)
+    assert ours(schedule_of("step", period_epochs=3, gamma=0.5)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_multistep_as_in_torch() -> None:
+    expected = walk(lr_scheduler.MultiStepLR(optimizer(), [2, 5, 6], gamma=0.2), stepped_per_epoch=True)
+    assert ours(schedule_of("multistep", milestones=(2, 5, 6), gamma=0.2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_exponential_as_in_torch() -> None:
+    expected = walk(lr_scheduler.ExponentialLR(optimizer(), gamma=0.9), stepped_per_epoch=True)
+    assert ours(schedule_of("exponential", gamma=0.9)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 0.01])
+def test_cosine_as_in_torch(min_lr: float) -> None:
+    expected = walk(lr_scheduler.CosineAnnealingLR(optimizer(), TOTAL_STEPS, eta_min=min_lr))
+    assert ours(schedule_of("cosine", min_lr=min_lr)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine_restarts_as_in_torch() -> None:
+    expected = walk(lr_scheduler.CosineAnnealingWarmRestarts(optimizer(), 3 * STEPS_PER_EPOCH, eta_min=0.01))
+    assert ours(schedule_of("cosine_restarts", period_epochs=3, min_lr=0.01)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("period_epochs", [2, 3])  # valleys 14 and 21 steps apart: with and without a step at the peak
+def test_cyclic_as_in_torch(period_epochs: int) -> None:
+    half = period_epochs * STEPS_PER_EPOCH / 2
+    scheduler = lr_scheduler.CyclicLR(optimizer(), 0.01, LR, step_size_up=half, cycle_momentum=False)  # type: ignore
+    lrs = ours(schedule_of("cyclic", period_epochs=period_epochs, min_lr=0.01))
+    assert lrs == pytest.approx(walk(scheduler), rel=1e-12)
+
+
+@pytest.mark.parametrize("peak", [0.3, 0.25, 0.01, 0.99])  # at 0.01 the peak lies before the first step
+def test_onecycle_as_in_torch(peak: float) -> None:
+    expected = walk(lr_scheduler.OneCycleLR(optimizer(), LR, total_steps=TOTAL_STEPS + 1, pct_start=peak))[:-1]
+    schedule = build_schedule(ScheduleConfig("onecycle", peak=peak), LR, STEPS_PER_EPOCH, TOTAL_STEPS + 1)
+    assert ours(schedule)[:-1] == pytest.approx(expected, rel=1e-9)
+
+
+def test_onecycle_where_torch_divides_by_zero() -> None:
+    schedule = build_schedule(ScheduleConfig("onecycle", peak=0.25), LR, 4, total_steps=4)
+    lrs = [schedule.lr_at(step) for step in range(4)]
+    assert lrs[0] == LR and lrs[-1] == pytest.approx(LR / 250_000) and sorted(lrs, reverse=True) == lrs
+
+
+def test_onecycle_ends_are_raised_to_min_lr() -> None:
+    lrs = ours(schedule_of("onecycle", min_lr=0.02))
+    assert [lrs[0], lrs[-1], min(lrs)] == pytest.approx([0.02] * 3, rel=1e-12)
+    assert max(lrs) == pytest.approx(LR, rel=1e-2)
+
+
+def test_polynomial_as_in_torch() -> None:
+    expected = walk(lr_scheduler.PolynomialLR(optimizer(), TOTAL_STEPS, power=0.9))
+    assert ours(schedule_of("polynomial", power=0.9)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_polynomial_ends_at_min_lr() -> None:
+    schedule = schedule_of("polynomial", min_lr=0.02, power=2)
+    assert schedule.lr_at(TOTAL_STEPS) == 0.02
+    assert schedule.lr_at(TOTAL_STEPS // 2) == pytest.approx(0.02 + 0.08 / 4)
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("min_lr", [0.0, 3e-3])
+@pytest.mark.parametrize("seed", range(5))
+def test_plateau_as_in_torch(seed: int, min_lr: float, patience: int) -> None:
+    # A creeping loss beats the threshold every other epoch, coarse ones repeat themselves, a NaN is never better.
+    draw = random.Random(seed)
+    losses = [9 * (1 - 0.6e-4) ** epoch for epoch in range(6)] + [float(draw.randint(1, 9)) for _ in range(50)]
+    losses[9] = math.nan
+    theirs = optimizer()
+    scheduler = lr_scheduler.ReduceLROnPlateau(theirs, factor=0.3, patience=patience, min_lr=min_lr)
+    schedule = schedule_of("plateau", gamma=0.3, patience=patience, min_lr=min_lr)
+    for epoch, loss in enumerate(losses):
+        for step in (epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH - 1):
+            assert schedule.lr_at(step, losses[:epoch]) == theirs.param_groups[0]["lr"]
+            assert schedule.lr_at(step, losses) == theirs.param_groups[0]["lr"]
+        scheduler.step(loss)
+    assert theirs.param_groups[0]["lr"] < LR
+
+
+def test_cosine_after_warmup_as_in_torch() -> None:
+    warmup_steps = 2 * STEPS_PER_EPOCH
+    theirs = optimizer()
+    parts: list[lr_scheduler.LRScheduler] = [
+        lr_scheduler.LinearLR(theirs, 0.01, total_iters=warmup_steps),
+        lr_scheduler.CosineAnnealingLR(theirs, TOTAL_STEPS - warmup_steps, eta_min=0.001),
+    ]
+    expected = walk(lr_scheduler.SequentialLR(theirs, parts, [warmup_steps]))
+    assert ours(schedule_of("cosine", warmup_epochs=2, min_lr=0.001)) == pytest.approx(expected, rel=1e-9)
+
+
+WARMUP_STEPS = round(1.5 * STEPS_PER_EPOCH)
+SETTINGS = {"period_epochs": 4, "milestones": (5, 8), "gamma": 0.5, "min_lr": 0.001}
+AFTER_WARMUP = {"cosine", "cosine_restarts", "polynomial"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - AFTER_WARMUP))
+def test_warmup_scales_and_borders_stay(name: str) -> None:
+    plain, warm = schedule_of(name, **SETTINGS), schedule_of(name, warmup_epochs=1.5, **SETTINGS)
+    for step in range(TOTAL_STEPS):
+        assert warm.lr_at(step) == pytest.approx(plain.lr_at(step) * min(1, 0.01 + 0.99 * step / WARMUP_STEPS))
+
+
+@pytest.mark.parametrize("name", sorted(AFTER_WARMUP))
+def test_warmup_precedes(name: str) -> None:
+    warm = schedule_of(name, warmup_epochs=1.5, **SETTINGS)
+    rest = build_schedule(ScheduleConfig(name, **SETTINGS), LR, STEPS_PER_EPOCH, TOTAL_STEPS - WARMUP_STEPS)
+    for step in range(WARMUP_STEPS):
+        assert warm.lr_at(step) == pytest.approx(LR * (0.01 + 0.99 * step / WARMUP_STEPS))
+    for step in range(TOTAL_STEPS - WARMUP_STEPS):
+        assert warm.lr_at(WARMUP_STEPS + step) == pytest.approx(rest.lr_at(step))
+
+
+@pytest.mark.parametrize("period_epochs", [0.4, 0.5, 1.3, 2.5])
+def test_fractional_periods_change_at_the_rounded_step(period_epochs: float) -> None:
+    length = period_epochs * STEPS_PER_EPOCH
+    borders = {round(k * length) for k in range(1, TOTAL_STEPS)} & set(range(1, TOTAL_STEPS))
+    drops = ours(schedule_of("step", period_epochs=period_epochs, gamma=0.9))
+    restarts = ours(schedule_of("cosine_restarts", period_epochs=period_epochs))
+    milestones = tuple(k * period_epochs for k in range(1, 200))
+    multistep = ours(schedule_of("multistep", milestones=milestones, gamma=0.9))
+    steps = range(1, TOTAL_STEPS)
+    assert {step for step in steps if drops[step] < drops[step - 1]} == borders
+    assert {step for step in steps if multistep[step] < multistep[step - 1]} == borders
+    assert {step for step in steps if restarts[step] > restarts[step - 1]} == borders
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_jumping_to_a_step_is_walking_there(name: str) -> None:
+    losses = [5.0, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+    settings = {"warmup_epochs": 0.5, "period_epochs": 3, "milestones": (4,), "patience": 1, "min_lr": 1e-4}
+    walked = schedule_of(name, **settings)
+    lrs = [walked.lr_at(step, losses) for step in range(TOTAL_STEPS)]
+    for step in random.Random(0).sample(range(TOTAL_STEPS), TOTAL_STEPS):
+        assert schedule_of(name, **settings).lr_at(step, losses) == lrs[step]
+    assert all(0 < lr <= LR for lr in lrs) and (len(set(lrs)) > 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_epochs": 12}, r"--schedule.warmup_epochs=12 is 84 steps, but the whole training has 84"),
+        ({"name": "cosine", "min_lr": 0.2}, r"--schedule.min_lr=0.2 lies above --optim.lr=0.1"),
+        ({"name": "step", "period_epochs": 0.1}, r"--schedule.period_epochs=0.1 is 0.7 steps \(7 per epoch\)"),
+        ({"name": "cyclic", "period_epochs": 0.2}, r"--schedule.name=cyclic needs at least 2"),
+        ({"name": "plateau", "gamma": 1}, r"--schedule.gamma=1 must be below 1"),
+        ({"name": "cosin"}, r"--schedule.name=cosin is unknown, the nearest is cosine:"),
+    ],
+)
+def test_contradictions_are_refused_with_flags_and_numbers(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_schedule(ScheduleConfig(**settings), LR, STEPS_PER_EPOCH, TOTAL_STEPS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_training_of_one_step_has_a_learning_rate(name: str) -> None:
+    schedule = build_schedule(ScheduleConfig(name, milestones=(1,)), LR, STEPS_PER_EPOCH, total_steps=1)
+    assert 0 <= schedule.lr_at(0) <= LR
