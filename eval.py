@@ -7,11 +7,13 @@
 Settings are those of the training, its precision included; --section.key=value changes one.
 """
 
-from lockstep.settings.cli import one_line_errors, parse_evaluation
+from lockstep.errors import UserError, one_line_errors
+from lockstep.settings.cli import parse_evaluation
 
 if __name__ == "__main__":
     # Before the imports below, so that --help and a misspelt setting answer at once, without waiting for torch.
-    request = parse_evaluation()
+    with one_line_errors():
+        request = parse_evaluation()
 
 from dataclasses import replace
 
@@ -24,7 +26,8 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.launch.accelerator import build_accelerator, end_program
 from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
-from lockstep.report.summary import class_table, draw_confusion, write_predictions
+from lockstep.report.predictions import class_table, write_predictions
+from lockstep.report.summary import draw_confusion
 from lockstep.settings.cli import Evaluation
 
 
@@ -34,7 +37,7 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     data = build_data(config, request.folder, write=False)
     images = {"train": data.train, "val": data.val, "test": data.test}[request.split]
     if images is None:
-        raise ValueError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")
+        raise UserError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")
 
     model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
     put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
@@ -43,16 +46,18 @@ def evaluate_checkpoint(request: Evaluation) -> None:
 
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     loader = EvaluationLoader(images, data.num_classes, launch, config)
-    metrics = evaluate(model, loader, transform, accelerator)
-    assert metrics is not None, "nothing interrupts an evaluation here"
+    predictions = evaluate(model, loader, transform, accelerator)
+    assert predictions is not None, "nothing interrupts an evaluation here"
 
-    launch.say(f"{request.checkpoint}, {request.split} split: {len(metrics.samples)} samples, {launch.precision_name}")
-    launch.say(f"accuracy {metrics.accuracy!r} ({metrics.accuracy:.2%})  loss {metrics.loss!r}")
-    launch.say(class_table(metrics, data))
+    launch.say(
+        f"{request.checkpoint}, {request.split} split: {len(predictions.samples)} samples, {launch.precision_name}"
+    )
+    launch.say(f"accuracy {predictions.accuracy!r} ({predictions.accuracy:.2%})  loss {predictions.loss!r}")
+    launch.say(class_table(predictions, data))
     if launch.is_main:
-        predictions = write_predictions(request.folder, request.split, metrics, images, data)
-        figure = draw_confusion(request.folder, request.split, metrics, data)
-        launch.say(f"predictions: {predictions}\nconfusion matrix: {figure}")
+        table = write_predictions(request.folder, request.split, predictions, images, data)
+        figure = draw_confusion(request.folder, request.split, predictions, data)
+        launch.say(f"predictions: {table}\nconfusion matrix: {figure}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lockstep.launch.accelerator import Launch
 from lockstep.models.network import build_model
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.folder import Run
@@ -42,7 +43,8 @@ class Loop:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         config = replace(Config(), checkpoint=CheckpointConfig(keep_last=2))
-        self.checkpointer = Checkpointer(Run(folder, config, {}), self.accelerator, self.model, self.optimizer, None)
+        run, launch = Run(folder, config, {}), Launch(self.device, 1, 0, 0, "no", 1)
+        self.checkpointer = Checkpointer(run, launch, self.accelerator, self.model, self.optimizer, None)
         self.step = 0
 
     def seconds(self, steps: int, *, saves: bool) -> float:

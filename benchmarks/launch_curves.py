@@ -26,6 +26,7 @@ SETTINGS = (
     "--optim.weight_decay=0",
     "--schedule.name=constant",
     "--checkpoint.every_epochs=10",
+    "--train.validate_every_epochs=10",
     "--log.every_steps=1",
     "--log.wandb=disabled",
     "--log.tensorboard=false",

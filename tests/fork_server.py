@@ -16,12 +16,10 @@ from typing import Any
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
 _PRELOADED = (
-    "sklearn.datasets",
     "torchvision.transforms.v2",
     "torch.utils.data",
-    "lockstep.report.summary",
-    "lockstep.run.checkpoint",
-    "lockstep.models.network",
+    "lockstep.report.milestones",
+    "lockstep.training.memory",
     "lockstep.data.loader",
 )
 

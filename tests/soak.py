@@ -23,8 +23,8 @@ from typing import Any
 
 import psutil
 import torch
-from conftest import environment, free_port, launch_command, read_lines
 from fork_server import ForkServer
+from programs import environment, free_port, launch_command, read_lines
 
 from lockstep.run.checkpoint import load_checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import LAUNCHER, QUICK, ROOT, environment, finish, free_port, start
+from programs import LAUNCHER, QUICK, ROOT, environment, finish, free_port, start
 
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE = {

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAUNCHER, QUICK, ROOT, finish, free_port, launch, read_lines, start
+from programs import LAUNCHER, QUICK, ROOT, finish, free_port, launch, read_lines, start
 from torch import Tensor
 
 from lockstep.commands.compare import relative_differences
 from lockstep.models.weights import load_weights
 from lockstep.settings.config import TrainConfig
+from lockstep.training import learner, loss
 from lockstep.training.loss import Loss
 
 # 10 steps of 2 microbatches; every step is logged, so that a row of bad ones is noticed at its end.
@@ -29,9 +30,9 @@ SHORT = (
 )
 
 
-def spoiling(program: Any, spoils: Callable[[int], bool], by: float = math.nan) -> Callable[..., Loss]:
+def spoiling(spoils: Callable[[int], bool], by: float = math.nan) -> Callable[..., Loss]:
     """A build_loss whose losses are `by` in the calls (counted from 0, over restarts too) that `spoils` names."""
-    build_loss, calls = program.build_loss, iter(range(10**9))
+    build_loss, calls = loss.build_loss, iter(range(10**9))
 
     def build(config: TrainConfig) -> Loss:
         loss_of = build_loss(config)
@@ -48,13 +49,9 @@ def spoiling(program: Any, spoils: Callable[[int], bool], by: float = math.nan) 
 @pytest.fixture
 def train_spoilt(train_here: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`train_spoilt(name, spoils, *settings)` trains in this process and returns the run folder."""
-    import train
-
-    build_loss = train.build_loss
 
     def run(name: str, spoils: Callable[[int], bool], *settings: str, by: float = math.nan) -> Path:
-        monkeypatch.setattr(train, "build_loss", build_loss)
-        monkeypatch.setattr(train, "build_loss", spoiling(train, spoils, by))
+        monkeypatch.setattr(learner, "build_loss", spoiling(spoils, by))
         return train_here(*SHORT, f"--run.name={name}", *settings)
 
     return run
@@ -126,13 +123,14 @@ LONELY_FAULT = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import train
+from lockstep.training import learner
 from lockstep.settings.cli import parse_config
 from test_bad_steps import spoiling
 
 rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # Microbatch 1 of step 3: the third call of rank 1, or call 5 of a process alone.
 faulty = (lambda call: rank == 1 and call == 2) if processes == 2 else (lambda call: call == 5)
-train.build_loss = spoiling(train, faulty)
+learner.build_loss = spoiling(faulty)
 train.train(parse_config(sys.argv[1:]))
 """
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import environment
 from fork_server import ForkServer
+from programs import environment
 from soak import FORMS, Form, Training, differences, last_line, run_until_finished, send
 
 from lockstep.run.checkpoint import folder_of, saved_steps
@@ -218,7 +218,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_before_the_ranks_meet_does_not_leave_the_others_waiting(
+def test_a_rank_killed_before_the_ranks_have_connected_does_not_leave_the_others_waiting(
     victim: int, tmp_path: Path, server: ForkServer
 ) -> None:
     """With a launcher, the launcher would end them."""
@@ -226,7 +226,7 @@ def test_a_rank_killed_before_the_ranks_meet_does_not_leave_the_others_waiting(
     send(begun.ranks[victim], signal.SIGKILL)
     assert begun.finish() == -signal.SIGKILL and begun.seconds < 2 * GONE_SECONDS
     (line,) = lines_of(begun, "^error: ")
-    assert f"process {1 - victim} of 2 did not meet the others at 127.0.0.1:" in line
+    assert f"process {1 - victim} of 2 did not reach the others at 127.0.0.1:" in line
     assert "--runtime.rendezvous_seconds=1" in line and "Traceback" not in begun.output()
 
 

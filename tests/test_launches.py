@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, finish, launch, read_lines, start, wait_for_step
+from programs import ROOT, finish, launch, read_lines, start, wait_for_step
 
 from lockstep.commands.compare import relative_differences
 from lockstep.models.weights import load_weights

@@ -17,14 +17,30 @@ PACKAGE = ROOT / "src" / "lockstep"
 # From bottom to top: a module may import only modules further up in this list. Folders stand in the order that data
 # flows, each in one piece. A new module gets its place here.
 ORDER = [
+    "errors",
     "files",
     "randomness",
+    "settings.types",
     "settings.config",
+    "settings.yaml",
     "settings.cli",
+    "settings.registry",
+    "launch.machine",
+    "launch.guards",
     "launch.accelerator",
+    "launch.preemption",
     "launch.sharding",
+    "augment.geometry",
+    "augment.colour",
+    "augment.mix",
     "augment.transform",
     "data.split",
+    "data.sources.source",
+    "data.sources.embedded",
+    "data.sources.torchvision",
+    "data.sources.hub",
+    "data.sources.folder",
+    "data.sources.synthetic",
     "data.sources.kinds",
     "data.cache",
     "data.images",
@@ -36,32 +52,48 @@ ORDER = [
     "models.summary",
     "models.weights",
     "models.network",
+    "evaluation.metrics",
     "evaluation.evaluate",
     "training.loss",
     "training.optim",
+    "training.gradients",
+    "training.progress",
     "training.schedule",
     "training.ema",
     "training.batchnorm",
-    "training.progress",
+    "training.meter",
+    "training.stopwatch",
+    "training.calendar",
+    "training.records",
+    "training.learner",
+    "training.memory",
+    "run.history",
+    "run.environment",
+    "run.console",
+    "run.tensorboard",
+    "run.wandb",
     "run.tracker",
     "run.folder",
     "run.checkpoint",
-    "training.memory",
-    "launch.preemption",
+    "run.profiler",
     "report.figures",
+    "report.predictions",
     "report.summary",
+    "report.milestones",
     "commands.prepare",
     "commands.sweep",
     "commands.compare",
     "commands.doctor",
     "__main__",
 ]
+ON_DEMAND = {"run.tensorboard", "run.wandb", "models.timm_models"}
+"""Modules that import a library of seconds, and are themselves imported only where they are needed"""
 PROGRAMS = {"train": 180, "eval": 120}
 """The two programs on top, and how many lines each may have"""
 
 MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 6
-LONGER_FUNCTIONS = {("train.py", "fit"): 100}
+LONGER_FUNCTIONS = {("train.py", "fit"): 60}
 """The story of a training is told in one place."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py")) + [ROOT / f"{program}.py" for program in PROGRAMS]
@@ -125,9 +157,11 @@ def test_nobody_imports_the_programs(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & set(PROGRAMS)
 
 
-@by_path
-def test_only_the_command_line_knows_its_library(path: Path) -> None:
-    assert ("jsonargparse" in set(imports(path))) == (relative(path) == "src/lockstep/settings/cli.py")
+def test_folders_stand_in_one_piece() -> None:
+    folders = [module.rpartition(".")[0] for module in ORDER if "." in module]
+    pieces = [folder for folder, before in zip(folders, [None, *folders], strict=False) if folder != before]
+    inner = [piece for piece in pieces if not piece.startswith("data")]  # data.sources stands within data
+    assert len(inner) == len(set(inner)), "each folder has one place in the order of folders"
 
 
 @by_path
@@ -169,7 +203,7 @@ def test_modules_do_nothing_but_define(path: Path) -> None:
 def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_libraries_alone(tmp_path: Path) -> None:
     program = (
         "import importlib, sys\n"
-        f"for module in {ORDER}:\n"
+        f"for module in {[module for module in ORDER[:-1] if module not in ON_DEMAND]}:\n"
         "    importlib.import_module('lockstep.' + module)\n"
         "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 from lockstep.settings.cli import parse_config
 

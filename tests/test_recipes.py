@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 from lockstep.settings.cli import parse_config
 

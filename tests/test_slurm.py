@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, launch, read_lines
+from programs import ROOT, environment, launch, read_lines
 from slurm_cluster import NODES, Cluster, Job, Unavailable, eventually
 
 from lockstep.commands.compare import relative_differences
@@ -38,6 +38,7 @@ RECIPE = (
     "--optim.lr=0.01",
     "--schedule.name=constant",
     "--checkpoint.every_epochs=20",
+    "--train.validate_every_epochs=20",
     "--log.every_steps=1",
     "--log.tensorboard=false",
     "--log.figures=false",

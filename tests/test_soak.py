@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import environment
 from fork_server import ForkServer
+from programs import environment
 from soak import FORMS, PHASES, Plan, Training, differences, processes_in, run_until_finished
 
 pytestmark = pytest.mark.launch

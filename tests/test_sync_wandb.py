@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 from slurm_cluster import eventually
 
 SCRIPT = str(ROOT / "slurm" / "sync_wandb.sh")

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from lockstep.settings.cli import one_line_errors, suggest, usage_error
+from lockstep.errors import UsageError, did_you_mean, one_line_errors
 
 COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with one_line_errors():
         if name not in COMMANDS:
-            usage_error(f"unknown command {name}: {', '.join(COMMANDS)}.{suggest(name, set(COMMANDS))}")
+            raise UsageError(f"unknown command {name}: {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}")
         return importlib.import_module(f"lockstep.commands.{name}").main(rest)
 
 

@@ -63,6 +63,26 @@ def uniforms(keys: Tensor, count: int, first: int = 0) -> Tensor:
     return bits.to(torch.float64) * 2.0**-53
 
 
+_FIRST_OF = {
+    "padded_crop": 0,
+    "flip": 2,
+    "vertical_flip": 3,
+    "affine": 4,
+    "perspective": 10,
+    "jitter": 18,
+    "grayscale": 22,
+    "blur": 23,
+    "erase": 25,
+    "resized_crop": 30,
+    "noise": 64,
+}
+
+
+def draw(keys: Tensor, stream: str, count: int) -> Tensor:
+    """The first `count` numbers of each key's stream of that name: float64 (B, count) in [0, 1)."""
+    return uniforms(keys, count, _FIRST_OF[stream])
+
+
 def seed_run(seed: int) -> None:
     """Make the initial weights a function of the seed."""
     torch.manual_seed(mix_seed(seed) >> 1)

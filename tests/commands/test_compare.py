@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from lockstep.commands.compare import main, relative_differences
-from lockstep.settings.cli import config_to_yaml
 from lockstep.settings.config import Config, LogConfig, OptimConfig
+from lockstep.settings.yaml import config_to_yaml
 
 
 def write_run(folder: Path, change: float = 0.0, name: str = "layer.weight") -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
 from PIL import Image
+from programs import ROOT, environment
 
 from lockstep.commands.prepare import prepare
 from lockstep.settings.cli import parse_config

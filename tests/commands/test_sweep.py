@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from programs import ROOT, environment
 
 from lockstep.commands.sweep import main, read_sweep, spelled
+from lockstep.errors import UsageError
 from lockstep.settings.cli import parse_config
 
 FILES = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -92,10 +93,9 @@ def test_what_cannot_be_enumerated_is_one_line_that_names_the_file(text: str, me
     assert "sweep.yaml" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.yaml cannot be read"):
         main(["list", str(tmp_path / "none.yaml")])
-    assert end.value.code == 2 and "none.yaml cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, open_image
-from lockstep.data.sources.kinds import Split, open_source
+from lockstep.data.sources.kinds import open_source
+from lockstep.data.sources.source import Split
 from lockstep.settings.config import DataConfig
 
 SHAPE = (6, 5, 1)

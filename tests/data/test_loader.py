@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import start
 from PIL import Image
+from programs import start
 
 from lockstep.data.images import SKIPPED_LABEL, Data, ImageSet, build_data
 from lockstep.data.loader import EVALUATION_BATCH, Batch, EvaluationLoader, TrainLoader
@@ -141,17 +141,16 @@ def test_workers_leave_no_trace(tmp_path: Path, resized_crop: float) -> None:
     augment = AugmentConfig(image_size=12, resized_crop=resized_crop)
     config = config_of(tmp_path, source=f"folder:{folder}", memory_budget=0.0, val_fraction=0.0, augment=augment)
     alone = train_loader(config, tmp_path)
-    assert alone.precropped == (resized_crop > 0)
     helped = train_loader(replace(config, data=replace(config.data, workers=2)), tmp_path)
     assert_equal(alone.batches(range(5)), helped.batches(range(5)))
 
 
 STREAMING = """
-import sys, time
+import sys, time, torch
 from pathlib import Path
+from lockstep.launch.accelerator import Launch
 from lockstep.settings.config import Config, DataConfig
 from lockstep.data import loader
-from test_loader import launch_of
 
 begin = loader._begin_work
 
@@ -162,7 +161,8 @@ def begin_late(program, worker):
     time.sleep(1000)
 
 loader._begin_work = begin_late
-next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1)), launch_of())))
+launch = Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
+next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1)), launch)))
 """
 
 
@@ -170,7 +170,7 @@ next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1
 @pytest.mark.parametrize("seconds", [0, 2])
 def test_a_worker_dies_with_its_program_even_if_it_had_not_begun(seconds: int, tmp_path: Path) -> None:
     """torch's own watch over its program starts after that: such a worker stayed for ever."""
-    program = start([sys.executable, "-c", STREAMING, str(seconds)], tmp_path, PYTHONPATH=str(Path(__file__).parent))
+    program = start([sys.executable, "-c", STREAMING, str(seconds)], tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
         assert time.monotonic() < deadline and program.poll() is None, program.communicate()
@@ -187,7 +187,7 @@ def test_random_crops_of_large_images_follow_their_keys(tmp_path: Path) -> None:
     augment = AugmentConfig(image_size=12, resized_crop=0.3)
     config = config_of(tmp_path, source=f"folder:{folder}", val_fraction=0.0, augment=augment)
     loader = train_loader(config, tmp_path)
-    assert loader.precropped, "images larger than image_size must be cropped where they are decoded"
+    assert loader._precrops, "images larger than image_size must be cropped where they are decoded"
     first, again = (everything(loader.batches(range(2))) for _ in range(2))
     assert torch.equal(first[0], again[0]) and first[0].shape == (32, 12, 12, 3)
     data = data_of(config, tmp_path).train
@@ -200,7 +200,7 @@ def test_random_crops_of_large_images_follow_their_keys(tmp_path: Path) -> None:
 
 def test_a_random_crop_is_the_box_of_its_key(tmp_path: Path) -> None:
     """On an image whose pixels say where they are."""
-    from lockstep.augment.transform import crop_boxes
+    from lockstep.augment.geometry import crop_boxes
 
     for i in range(24):
         path = tmp_path / "ramps" / ("train" if i < 20 else "test") / "ab"[i % 2] / f"{i}.png"

@@ -97,7 +97,7 @@ def test_torchvision_with_a_truncated_file_is_refused(tmp_path) -> None:
 def test_every_torchvision_set_on_offer_exists() -> None:
     from torchvision import datasets
 
-    from lockstep.data.sources.kinds import _torchvision_arguments
+    from lockstep.data.sources.torchvision import _torchvision_arguments
 
     known = _torchvision_arguments()
     assert {"MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "USPS", "SVHN"} <= set(known)
@@ -261,11 +261,11 @@ def test_synthetic_classes_can_be_learned() -> None:
     ("source", "message"),
     [
         ("digits", "not of a known kind: embedded:..., torchvision:..., hf:..., folder:..., synthetic:..."),
-        ("embeded:digits", "did you mean embedded"),
+        ("embeded:digits", "Did you mean embedded"),
         ("embedded:digit", "the only embedded data set is embedded:digits"),
-        ("torchvision:FashionMINST", "did you mean FashionMNIST"),
-        ("torchvision:cifar10", "did you mean CIFAR10 "),
-        ("torchvision:zzzzz", "known: CIFAR10"),
+        ("torchvision:FashionMINST", "Did you mean FashionMNIST"),
+        ("torchvision:cifar10", "Did you mean CIFAR10"),
+        ("torchvision:zzzzz", "Known: CIFAR10"),
         ("hf:./no/such/folder", "there is no folder /.*/no/such/folder"),
         ("synthetic:32x32", "must read synthetic:HxWxCxN"),
         ("synthetic:32x32x4x100", "1 or 3 channels"),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lockstep.augment.transform import Transform, build_transform
 from lockstep.data.images import SKIPPED_LABEL, Data, build_data
 from lockstep.data.loader import EvaluationLoader
-from lockstep.evaluation.evaluate import Metrics, evaluate
+from lockstep.evaluation.evaluate import evaluate
+from lockstep.evaluation.metrics import METRICS, Predictions
 from lockstep.launch.accelerator import Launch
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
@@ -56,7 +57,9 @@ class Recital:
 PLAIN = Transform(AugmentConfig(), (0.0,), (1.0,), torch.float64)
 
 
-def recite(logits: Tensor, labels: Tensor, accelerator: Accelerator, batches: list[list[int]] | None = None) -> Metrics:
+def recite(
+    logits: Tensor, labels: Tensor, accelerator: Accelerator, batches: list[list[int]] | None = None
+) -> Predictions:
     loader: Any = Recital(labels, logits.shape[1], batches or [list(range(100)), list(range(100, len(labels)))])
     return evaluate(Recited(logits), loader, PLAIN, accelerator)
 
@@ -81,7 +84,8 @@ def test_metrics_are_scikit_learns(accelerator: Accelerator) -> None:
     assert got.loss == pytest.approx(-np.log(true).mean(), rel=1e-12)
     capped = np.minimum(got.losses, -np.log(np.finfo(float).eps)).mean()  # log_loss keeps away from 0
     assert capped == pytest.approx(sk.log_loss(labels, probabilities, labels=every), rel=1e-6)
-    assert got.top5_accuracy == pytest.approx(sk.top_k_accuracy_score(labels, probabilities, k=5, labels=every))
+    top5 = sk.top_k_accuracy_score(labels, probabilities, k=5, labels=every)
+    assert METRICS["top5_accuracy"].compute(got) == pytest.approx(top5)
     assert np.array_equal(got.confusion, sk.confusion_matrix(labels, predictions, labels=every))
     assert got.confusion.dtype.kind == "i"
     scores = sk.precision_recall_fscore_support(labels, predictions, labels=every, zero_division=0)
@@ -89,13 +93,13 @@ def test_metrics_are_scikit_learns(accelerator: Accelerator) -> None:
         np.testing.assert_allclose(got.per_class()[name], expected, rtol=1e-12, err_msg=name)
     np.testing.assert_allclose(got.confidences, probabilities.max(1), rtol=1e-12)
     np.testing.assert_allclose(got.losses, -np.log(true), rtol=1e-9)
-    assert np.array_equal(got.predictions, predictions) and np.array_equal(got.labels, labels)
+    assert np.array_equal(got.predicted, predictions) and np.array_equal(got.labels, labels)
     assert np.array_equal(got.samples, np.arange(240))
 
 
 def test_the_headline_has_top5_where_it_says_something(accelerator: Accelerator) -> None:
     many, few = recite(*examples(), accelerator), recite(*examples(num_classes=10), accelerator)
-    assert many.headline() == {"loss": many.loss, "accuracy": many.accuracy, "top5_accuracy": many.top5_accuracy}
+    assert many.headline() == {name: metric.compute(many) for name, metric in METRICS.items()}
     assert few.headline() == {"loss": few.loss, "accuracy": few.accuracy}
 
 
@@ -116,10 +120,10 @@ def test_skipped_samples_are_left_out(accelerator: Accelerator) -> None:
     got, whole = recite(logits, with_gaps, accelerator), recite(logits, labels, accelerator)
     assert np.array_equal(got.samples, np.flatnonzero(kept))
     assert got.confusion.sum() == len(got.samples) == 160
-    for name in ("labels", "predictions", "confidences", "losses"):
+    for name in ("labels", "predicted", "confidences", "losses"):
         assert np.array_equal(getattr(got, name), getattr(whole, name)[kept]), name
     assert got.loss == pytest.approx(whole.losses[kept].mean(), rel=1e-12)
-    assert got.accuracy == (whole.predictions == whole.labels)[kept].mean()
+    assert got.accuracy == (whole.predicted == whole.labels)[kept].mean()
 
 
 def test_nothing_but_skipped_samples_is_an_error(accelerator: Accelerator) -> None:
@@ -131,7 +135,7 @@ def test_nothing_but_skipped_samples_is_an_error(accelerator: Accelerator) -> No
 def test_a_network_of_nan_has_nothing_right(accelerator: Accelerator) -> None:
     logits, labels = examples()
     got = recite(torch.full_like(logits, torch.nan), labels + 1, accelerator)
-    assert np.isnan(got.loss) and got.accuracy == 0 and got.top5_accuracy == 0
+    assert np.isnan(got.loss) and got.accuracy == 0 and METRICS["top5_accuracy"].compute(got) == 0
 
 
 @pytest.mark.parametrize(

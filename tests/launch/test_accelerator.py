@@ -3,22 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import finish, free_port, start
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from programs import finish, free_port, start
 
-from lockstep.launch.accelerator import Launch, build_accelerator, has_fast_bf16, resolve_micro_batch_size
-from lockstep.settings.config import Config, RuntimeConfig, TrainConfig
+from lockstep.launch.accelerator import Launch, build_accelerator
+from lockstep.launch.guards import resolve_precision, resolve_sharding
+from lockstep.launch.machine import has_fast_bf16
+from lockstep.settings.config import RuntimeConfig
 
 LAUNCHER = (
     "ACCELERATE_MIXED_PRECISION MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE EXPECTED_WORLD_SIZE"
@@ -55,9 +53,7 @@ def test_the_launchers_precision_is_taken(launched: str | None, monkeypatch: pyt
 
 
 def precision_in_force(config: RuntimeConfig) -> str:
-    from lockstep.launch.accelerator import _precision
-
-    return _precision(config, on_cpu=True)  # Accelerate takes one precision per process
+    return resolve_precision(config, on_cpu=True)  # Accelerate takes one precision per process
 
 
 @pytest.mark.parametrize("launched", ["no", "bf16", "fp16", "fp8"])
@@ -126,71 +122,6 @@ def test_another_number_of_processes_than_expected_is_refused(variable: str, mon
     assert line.startswith(f"{variable} says 2 processes, but this process is one of 1: each would train alone.")
 
 
-PROBE = """
-import os, pathlib, torch
-from lockstep.launch import accelerator as runtime
-from lockstep.settings.config import RuntimeConfig
-from lockstep.launch.accelerator import build_accelerator
-assert torch.get_num_threads() == 1, "the environment was not heard"
-owned = len(os.sched_getaffinity(0))
-print(owned, build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
-print(build_accelerator(RuntimeConfig(threads=3))[1].cores, torch.get_num_threads())
-os.environ["LOCAL_WORLD_SIZE"] = "2"
-print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
-os.environ["LOCAL_WORLD_SIZE"] = str(2 * owned)
-print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
-os.environ.update(LOCAL_WORLD_SIZE="1", SLURM_CPUS_PER_TASK="1")
-print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
-del os.environ["SLURM_CPUS_PER_TASK"]
-for quota in ("150000 100000", "50000 100000", "max 100000"):
-    runtime._CPU_QUOTA = pathlib.Path("cpu.max")
-    runtime._CPU_QUOTA.write_text(quota)
-    print(build_accelerator(RuntimeConfig())[1].cores, torch.get_num_threads())
-"""
-
-
-def test_threads_are_the_cores_that_a_process_owns(all_cores: set[int], tmp_path: Path) -> None:
-    """Although the launcher says one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROBE]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    first, explicit, halved, crowded, given, *quotas = (
-        list(map(int, line.split())) for line in done.stdout.splitlines()
-    )
-    owned = len(all_cores)
-    assert first == [owned] * 3
-    assert explicit == [owned, 3]
-    assert halved == [max(1, owned // 2)] * 2
-    assert crowded == [1, 1]
-    assert given == [1, 1], "SLURM gave one core, and did not bind the process to it"
-    assert quotas == [[1, 1], [1, 1], [owned, owned]], "a container of 1.5 or 0.5 cores, and one without a limit"
-
-
-PAGES = """
-import resource, torch
-from lockstep.settings.config import RuntimeConfig
-from lockstep.launch.accelerator import build_accelerator
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(6 << 20)  # 24 MiB: old versions of glibc keep blocks of up to 32
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-usual = faults()
-build_accelerator(RuntimeConfig())
-faults()
-print(usual, faults())
-"""
-
-
-def test_a_step_finds_the_memory_of_the_step_before(tmp_path: Path) -> None:
-    done = finish(start([sys.executable, "-c", PAGES], tmp_path, ACCELERATE_USE_CPU="true"), 60)
-    usual, kept = map(int, done.stdout.split())
-    assert usual > 20 and kept < usual / 10, done.stderr
-
-
 LATE = """
 import os, pathlib, time
 from torch import distributed
@@ -233,14 +164,14 @@ build_accelerator(RuntimeConfig(rendezvous_seconds=1))
 """
 
 
-def test_a_process_killed_halfway_through_the_meeting_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_a_process_killed_while_the_others_connect_leaves_nobody_waiting(tmp_path: Path) -> None:
     """The other has a process group of two already, and makes the second group alone."""
     (tmp_path / "meet.py").write_text(KILLED)
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     killed = start([sys.executable, "meet.py", "killed"], tmp_path, RANK="1", LOCAL_RANK="1", **meeting)
     other = start([sys.executable, "meet.py"], tmp_path, RANK="0", LOCAL_RANK="0", **meeting)
     assert finish(killed, 60).returncode == -signal.SIGKILL
-    assert "did not meet the others" in finish(other, 30).stderr
+    assert "did not reach the others" in finish(other, 30).stderr
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
@@ -251,7 +182,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         main = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = finish(start([sys.executable, "-c", program], tmp_path, **main), 60)
-    assert f"ValueError: port {port} is taken" in done.stderr and "--main_process_port" in done.stderr
+    assert f"UserError: port {port} is taken" in done.stderr and "--main_process_port" in done.stderr
 
 
 def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,74 +198,12 @@ def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_fsdp_is_asked_for_by_the_setting_or_the_launcher(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.launch.accelerator import _shards
-
     config = RuntimeConfig(fsdp=not launched)
     for precision, shards in (("bf16", True), ("fp16", ValueError)):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", str(launched).lower())
         with pytest.raises(ValueError, match="FSDP cannot train in fp16") if shards is ValueError else nullcontext():
-            assert _shards(config, precision)
+            assert resolve_sharding(config, precision)
         assert "ACCELERATE_USE_FSDP" not in os.environ, "Accelerate must not shard as well"
     with pytest.raises(ValueError, match="FSDP does not go with --runtime.compile=true"):
-        _shards(RuntimeConfig(fsdp=True, compile=True), "no")
-    assert not _shards(RuntimeConfig(), "fp16")
-
-
-# ---- microbatches
-
-
-def micro(num_processes: int, batch_size: int, **changes: Any) -> int:
-    return resolve_micro_batch_size(Config(train=TrainConfig(batch_size=batch_size, **changes)), num_processes)
-
-
-def test_the_default_is_one_microbatch_per_process() -> None:
-    assert [micro(processes, 64) for processes in (1, 2, 4, 64)] == [64, 32, 16, 1]
-    assert [micro(processes, 64, micro_batch_size=8) for processes in (1, 2, 4, 8)] == [8] * 4
-
-
-@pytest.mark.parametrize(
-    ("processes", "batch_size", "micro_batch_size", "line"),
-    [
-        (3, 64, 16, "--train.batch_size=64 is not a multiple of 16 (micro_batch_size) x 3 (processes): "
-                    "launch 2 or 4 processes, or set batch_size to 48 or 96"),
-        (3, 64, 32, "--train.batch_size=64 is not a multiple of 32 (micro_batch_size) x 3 (processes): "
-                    "launch 1 or 2 processes, or set batch_size to 96"),
-        (3, 64, None, "--train.batch_size=64 is not a multiple of 21 (micro_batch_size) x 3 (processes): "
-                      "launch 2 or 4 processes, or set batch_size to 63 or 126"),
-        (8, 4, None, "--train.batch_size=4 is not a multiple of 1 (micro_batch_size) x 8 (processes): "
-                     "launch 2 or 4 processes, or set batch_size to 8"),
-    ],
-)  # fmt: skip
-def test_numbers_that_do_not_fit_are_shown_with_the_nearest_that_do(
-    processes: int, batch_size: int, micro_batch_size: int | None, line: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        micro(processes, batch_size, micro_batch_size=micro_batch_size)
-    assert str(error.value) == line
-
-
-def test_a_static_graph_is_refused_with_accumulation() -> None:
-    config = Config(runtime=RuntimeConfig(static_graph=True), train=TrainConfig(batch_size=64, micro_batch_size=16))
-    assert resolve_micro_batch_size(config, 4) == 16
-    with pytest.raises(ValueError, match=r"static_graph=true does not go with accumulation"):
-        resolve_micro_batch_size(config, 2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(batch_size=st.integers(1, 600), processes=st.integers(1, 20), parts=st.integers(1, 30), given=st.booleans())
-def test_what_the_refusal_advises_is_accepted(batch_size: int, processes: int, parts: int, given: bool) -> None:
-    chosen = batch_size // parts if given and parts <= batch_size and batch_size % parts == 0 else None
-    try:
-        size = micro(processes, batch_size, micro_batch_size=chosen)
-        assert batch_size % (size * processes) == 0 and chosen in (None, size)
-        return
-    except ValueError as error:
-        advice, _, shrunk = str(error).split("launch ")[1].partition(", or micro_batch_size to ")
-    if shrunk:
-        smaller = int(shrunk.split()[0])
-        assert micro(processes, batch_size, micro_batch_size=smaller) == smaller
-    launches, sizes = (part.split(" or ") for part in advice.split(" processes, or set batch_size to "))
-    for launch in launches:
-        assert batch_size % (micro(int(launch), batch_size, micro_batch_size=chosen) * int(launch)) == 0
-    for other in sizes:
-        assert int(other) % (micro(processes, int(other), micro_batch_size=chosen) * processes) == 0
+        resolve_sharding(RuntimeConfig(fsdp=True, compile=True), "no")
+    assert not resolve_sharding(RuntimeConfig(), "fp16")

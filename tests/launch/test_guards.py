@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCHER, QUICK, ROOT, finish, free_port, launch, start
+from programs import LAUNCHER, QUICK, ROOT, finish, free_port, launch, start
 
 pytestmark = pytest.mark.launch
 
@@ -78,11 +78,15 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path: Path) -> N
     program.write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from lockstep.settings.cli import one_line_errors, parse_config\n"
-        "from train import train\n"
-        "source = 'embedded:digits' if os.environ['RANK'] == '0' else 'folder:only_rank_1_looks_here'\n"
+        "import train\n"
+        "from lockstep.errors import UserError, one_line_errors\n"
+        "from lockstep.settings.cli import parse_config\n"
+        "def build_data(*_, **__):\n"
+        "    raise UserError('there is no folder only_rank_1_looks_here')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    train.build_data = build_data\n"
         "with one_line_errors():\n"
-        "    train(parse_config([*sys.argv[1:], '--data.source=' + source, '--run.name=x']))\n"
+        "    train.train(parse_config([*sys.argv[1:], '--run.name=x']))\n"
     )
     config = str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")
     command = [*LAUNCHER, "--config_file", config, "--main_process_port", str(free_port()), str(program)]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import QUICK, ROOT, finish, free_port, launch, launch_command, ranks_of, read_lines, start, wait_for_step
+from programs import QUICK, ROOT, finish, free_port, launch, launch_command, ranks_of, read_lines, start, wait_for_step
 
 from lockstep.commands.compare import relative_differences
 from lockstep.launch.accelerator import Launch
@@ -32,6 +32,7 @@ LONG = (
     "--model.name=tiny_cnn",
     "--train.epochs=60",
     "--checkpoint.every_epochs=30",
+    "--train.validate_every_epochs=30",
     "--runtime.dtype=float64",
     "--optim.name=sgd",
     "--optim.lr=0.01",

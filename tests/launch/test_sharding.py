@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, launch_command, ranks_of, start, wait_for_step
+from programs import ROOT, finish, launch_command, ranks_of, start, wait_for_step
 from test_launches import EVERYTHING, PROOF, assert_same_training
 from torch import nn
 

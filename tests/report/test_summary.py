@@ -17,20 +17,16 @@ from torch import nn
 from lockstep.augment.transform import build_transform
 from lockstep.data.images import Data, build_data
 from lockstep.data.loader import EvaluationLoader
-from lockstep.evaluation.evaluate import Metrics, evaluate
+from lockstep.evaluation.evaluate import evaluate
+from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.accelerator import Launch
-from lockstep.report.summary import (
-    class_names,
-    class_table,
-    draw_confusion,
-    draw_figures,
-    report_training,
-    write_predictions,
-)
+from lockstep.report.predictions import class_names, class_table, write_predictions
+from lockstep.report.summary import draw_confusion, draw_figures, report_training
 from lockstep.run.folder import Run
 from lockstep.run.tracker import build_tracker
 from lockstep.settings.config import Config, DataConfig, LogConfig, RunConfig
-from lockstep.training.progress import Progress, build_calendar
+from lockstep.training.calendar import build_calendar
+from lockstep.training.progress import Progress, Validation
 
 
 def config_of(folder: Path, **log: Any) -> Config:
@@ -40,7 +36,7 @@ def config_of(folder: Path, **log: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Metrics]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Predictions]:
     """Digits, and what an untrained network with two classes too many makes of them."""
     folder = tmp_path_factory.mktemp("report")
     config = config_of(folder)
@@ -52,21 +48,20 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Metrics]:
     return data, evaluate(model, loader, transform, Accelerator(cpu=True))
 
 
-def perfect(data: Data) -> Metrics:
+def perfect(data: Data) -> Predictions:
     labels = data.test.labels.numpy()
     ones, zeros = np.ones(len(labels)), np.zeros(len(labels))
-    confusion = np.diag(np.bincount(labels, minlength=12))
-    return Metrics(0.0, 1.0, 1.0, np.arange(len(labels)), labels, labels, ones, zeros, confusion)
+    return Predictions(np.arange(len(labels)), labels, labels, ones, zeros, zeros, 12)
 
 
-def test_class_names_cover_all_outputs_of_the_network(evaluated: tuple[Data, Metrics]) -> None:
+def test_class_names_cover_all_outputs_of_the_network(evaluated: tuple[Data, Predictions]) -> None:
     assert class_names(evaluated[0]) == [str(i) for i in range(12)]
 
 
-def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Metrics]) -> None:
+def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Predictions]) -> None:
     data, metrics = evaluated
     every = list(range(12))
-    scores = precision_recall_fscore_support(metrics.labels, metrics.predictions, labels=every, zero_division=0)
+    scores = precision_recall_fscore_support(metrics.labels, metrics.predicted, labels=every, zero_division=0)
     head, *rows, mean = class_table(metrics, data).splitlines()
     assert head.split() == ["class", "precision", "recall", "f1", "samples"]
     assert len({len(line) for line in (head, *rows, mean)}) == 1, "columns are not aligned"
@@ -78,10 +73,10 @@ def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Metrics]) -> No
     np.testing.assert_allclose([float(part) for part in mean.split()[2:]], wanted, atol=5.1e-5)
 
 
-def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
     data, metrics = evaluated
     kept = np.arange(len(metrics.samples)) % 7 > 0  # as if every seventh image had been skipped
-    columns = ("samples", "labels", "predictions", "confidences", "losses")
+    columns = ("samples", "labels", "predicted", "confidences", "losses", "better")
     some = replace(metrics, **{name: getattr(metrics, name)[kept] for name in columns})
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     images = data.test.subset(order)  # sample i is row order[i] of the source
@@ -91,7 +86,7 @@ def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Dat
     assert list(table) == ["sample", "label", "prediction", "confidence", "loss"]
     assert table["sample"] == order[torch.from_numpy(kept)].tolist()
     assert table["label"] == [str(label) for label in some.labels]
-    assert table["prediction"] == [str(prediction) for prediction in some.predictions]
+    assert table["prediction"] == [str(prediction) for prediction in some.predicted]
     assert table["confidence"] == some.confidences.tolist() and table["loss"] == some.losses.tolist()
 
 
@@ -107,7 +102,7 @@ def assert_picture(path: Path) -> None:
     assert min(pixels.shape) > 300 and pixels.std() > 5, f"{path} is empty"
 
 
-def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
     data, metrics = evaluated
     run = run_in(tmp_path)
     paths = draw_figures(run, metrics, data)
@@ -119,7 +114,7 @@ def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> N
     assert (run.path / "figures" / "confusion_matrix_val.png").is_file()
 
 
-def test_without_mistakes_there_is_no_picture_of_them(tmp_path: Path, evaluated: tuple[Data, Metrics]) -> None:
+def test_without_mistakes_there_is_no_picture_of_them(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
     data, _ = evaluated
     run = run_in(tmp_path)
     assert list(draw_figures(run, perfect(data), data)) == ["curves", "confusion_matrix", "samples"]
@@ -127,7 +122,7 @@ def test_without_mistakes_there_is_no_picture_of_them(tmp_path: Path, evaluated:
 
 
 def test_the_gallery_shows_the_worst_mistakes_first(
-    tmp_path: Path, evaluated: tuple[Data, Metrics], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, evaluated: tuple[Data, Predictions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lockstep.report import summary as report
 
@@ -139,9 +134,9 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     )
     draw_figures(run_in(tmp_path), metrics, data)
     images, titles = shown["mistakes"]
-    wrong = metrics.predictions != metrics.labels
+    wrong = metrics.predicted != metrics.labels
     worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
-    assert titles == [f"{metrics.labels[i]}, taken for {metrics.predictions[i]}" for i in worst]
+    assert titles == [f"{metrics.labels[i]}, taken for {metrics.predicted[i]}" for i in worst]
     for image, i in zip(images, worst, strict=True):
         assert np.array_equal(image, data.test.images[data.test.rows[int(i)]])
     images, titles = shown["samples"]
@@ -151,14 +146,15 @@ def test_the_gallery_shows_the_worst_mistakes_first(
 
 @pytest.mark.parametrize("figures", [True, False])
 def test_a_finished_training_leaves_its_summary(
-    tmp_path: Path, figures: bool, evaluated: tuple[Data, Metrics], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, figures: bool, evaluated: tuple[Data, Predictions], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, metrics = evaluated
     run = run_in(tmp_path, figures=figures)
     run.write_summary(state="running", of_before=7)
-    progress = Progress(step=50, val_losses=[0.5], best_step=40, best_accuracy=0.9, train_seconds=10.0, restarts=1)
+    progress = Progress(step=50, validations=[Validation(3, 0.5)], best_step=40, best_accuracy=0.9)
+    progress.train_seconds, progress.restarts = 10.0, 1
     tracker = build_tracker(run.config, run.path, is_main=True)
-    report_training(run, tracker, progress, build_calendar(run.config, steps_per_epoch=20), metrics, data)
+    report_training(run, tracker, progress, build_calendar(run.config, 20, has_validation=True), metrics, data)
     summary = json.loads((run.path / "summary.json").read_text())
     expected = {
         "state": "finished", "of_before": 7, "test_accuracy": metrics.accuracy, "test_loss": metrics.loss,

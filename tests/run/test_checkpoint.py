@@ -21,29 +21,31 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lockstep.files import MANIFEST
+from lockstep.launch.accelerator import Launch
+from lockstep.models.weights import load_weights, put_weights
 from lockstep.run.checkpoint import (
-    MANIFEST,
     Checkpointer,
     State,
+    find_checkpoint,
     find_newest,
     folder_of,
     load_checkpoint,
-    load_weights,
     point,
     problem_with,
     prune,
     put_optimizer_state,
-    put_weights,
     save_checkpoint,
     saved_steps,
 )
 from lockstep.run.folder import Run
-from lockstep.settings.cli import load_config
 from lockstep.settings.config import CheckpointConfig, Config, OptimConfig, RunConfig
+from lockstep.settings.yaml import load_config
 from lockstep.training.ema import ExponentialAverage
 from lockstep.training.optim import build_optimizer
-from lockstep.training.progress import Progress
+from lockstep.training.progress import Progress, Validation
 
+LAUNCH = Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
 FILES = ("config.yaml", "ema.safetensors", "model.safetensors", "optimizer.pt", "progress.json")
 OPTIMIZERS = {
     "momentum": OptimConfig(name="sgd", lr=0.1, momentum=0.9),
@@ -70,7 +72,11 @@ class Parts:
         self.model = network(seed)
         self.average = ExponentialAverage(self.model, 0.9)
         self.optimizer: Any = accelerator.prepare(build_optimizer(OPTIMIZERS[optimizer], self.model))
-        self.checkpointer = Checkpointer(run, accelerator, self.model, self.optimizer, self.average)
+        self.checkpointer = Checkpointer(run, LAUNCH, accelerator, self.model, self.optimizer, self.average)
+        self.run = run
+
+    def restore(self) -> Progress:
+        return self.checkpointer.restore(find_checkpoint(self.run, LAUNCH))
 
     def train(self, steps: range) -> None:
         for step in steps:
@@ -129,7 +135,8 @@ def test_training_goes_on_from_the_saved_bits(tmp_path: Path, optimizer: str, ac
     run = run_in(tmp_path)
     parts = Parts(run, accelerator, optimizer=optimizer)
     parts.train(range(5))
-    progress = Progress(step=5, val_losses=[0.1 + 0.2, float("inf")], best_step=3, best_accuracy=1 / 3, restarts=2)
+    progress = Progress(step=5, best_step=3, best_accuracy=1 / 3, restarts=2)
+    progress.validations = [Validation(1, 0.1 + 0.2), Validation(2, float("inf"))]
     parts.checkpointer.save(progress, is_best=True)
     parts.checkpointer.wait(must_succeed=True)
     folder = run.checkpoints / "step_00000005"
@@ -138,7 +145,7 @@ def test_training_goes_on_from_the_saved_bits(tmp_path: Path, optimizer: str, ac
 
     resumed = Parts(run, accelerator, seed=1, optimizer=optimizer)
     assert not torch.equal(resumed.state()["0.weight"], parts.state()["0.weight"])
-    restored = resumed.checkpointer.restore()
+    restored = resumed.restore()
     assert restored.restarts == 3
     restored.restarts = 2
     assert restored == progress
@@ -166,7 +173,7 @@ def test_a_momentum_in_another_layout_goes_on_the_same() -> None:
 
 
 def test_a_new_run_starts_from_nothing(tmp_path: Path, accelerator: Accelerator) -> None:
-    assert Parts(run_in(tmp_path), accelerator).checkpointer.restore() == Progress()
+    assert Parts(run_in(tmp_path), accelerator).restore() == Progress()
 
 
 def test_training_does_not_reach_into_a_save_under_way(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -180,7 +187,7 @@ def test_training_does_not_reach_into_a_save_under_way(tmp_path: Path, accelerat
     progress.step = 6
     parts.checkpointer.wait(must_succeed=True)
     resumed = Parts(run, accelerator, seed=1)
-    assert resumed.checkpointer.restore().step == 2
+    assert resumed.restore().step == 2
     assert_same(resumed.state(), before)
 
 
@@ -209,11 +216,11 @@ def test_best_is_repaired_after_a_kill_before_its_link(tmp_path: Path, accelerat
         parts.checkpointer.save(Progress(step=step, best_step=best_step), is_best=step == best_step)
     parts.checkpointer.wait(must_succeed=True)
     assert os.readlink(run.checkpoints / "best") == "step_00000002"
-    parts.checkpointer.restore()
+    parts.restore()
     assert os.readlink(run.checkpoints / "best") == "step_00000002", "3 is not the best"
     shutil.rmtree(folder_of(run.checkpoints, 3))
     point(run.checkpoints, "best", folder_of(run.checkpoints, 1))  # as a kill would have left it
-    parts.checkpointer.restore()
+    parts.restore()
     assert os.readlink(run.checkpoints / "best") == "step_00000002"
 
 
@@ -383,7 +390,7 @@ def test_weights_of_another_network_are_refused_with_what_does_not_fit(
     run = run_in(tmp_path)
     save(run.checkpoints, 10)
     with pytest.raises(ValueError, match="step_00000010 holds another network: weights 9 missing"):
-        Parts(run, accelerator).checkpointer.restore()
+        Parts(run, accelerator).restore()
 
 
 # ---- what is kept

@@ -10,8 +10,8 @@ import torch
 
 from lockstep.launch.accelerator import Launch
 from lockstep.run.folder import Run, open_run
-from lockstep.settings.cli import load_config
 from lockstep.settings.config import Config, LogConfig, OptimConfig, RunConfig, TrainConfig
+from lockstep.settings.yaml import load_config
 
 LAUNCH = Launch(torch.device("cpu"), num_processes=1, process_index=0, local_process_index=0, precision="no", cores=1)
 

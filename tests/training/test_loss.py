@@ -95,8 +95,15 @@ def test_low_precision_logits_get_a_float32_loss(config: TrainConfig, soft: bool
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="--train.loss=crossentropy is unknown, the nearest is cross_entropy"):
-        build_loss(TrainConfig(loss="crossentropy"))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"--train.loss=crossentropy is not one of cross_entropy, nll\. Did you mean cross_entropy\?"
+    ):
+        build_loss(TrainConfig(loss="crossentropy"))
+
+
+def test_a_setting_that_only_other_losses_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="--train.label_smoothing=0.1 has no meaning for --train.loss=nll: remove it"):
+        build_loss(TrainConfig(loss="nll", label_smoothing=0.1))
 
 
 def test_a_total_that_is_not_finite_has_no_finite_gradient() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import LAUNCHER, QUICK, ROOT, finish, start
+from programs import LAUNCHER, QUICK, ROOT, finish, start
 
 from lockstep.training import memory
 
@@ -64,7 +64,7 @@ def test_on_other_devices_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     elsewhere: Any = SimpleNamespace(device=torch.device("cuda"))
     nothing: Any = None
-    assert [memory._fits(size, nothing, nothing, elsewhere) for size in (96, 48, 24)] == [False, False, True]
+    assert [memory._fits(size, nothing, nothing, elsewhere, nothing) for size in (96, 48, 24)] == [False, False, True]
     assert tried == [96, 48, 24]
 
 
@@ -88,7 +88,8 @@ HUNGRY = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import psutil, train
-from lockstep.settings.cli import one_line_errors, parse_config
+from lockstep.errors import one_line_errors
+from lockstep.settings.cli import parse_config
 
 limit = psutil.Process().memory_info().vms + 600 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

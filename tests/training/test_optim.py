@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lockstep.errors import UserError
 from lockstep.settings.config import OptimConfig
 from lockstep.training.optim import add_l1_gradient, build_optimizer, set_lr, update
 
@@ -170,8 +171,15 @@ def test_l1_without_gradients_does_nothing() -> None:
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"--optim.name=adamww is unknown, the nearest is adamw: sgd, adam, adamw"):
-        build_optimizer(OptimConfig("adamww"), network())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--optim.name=adamww is not one of sgd, adam, adamw, .*Did you mean adamw"):
+        build_optimizer(OptimConfig("adamww"), network())
+
+
+def test_a_setting_that_only_other_optimizers_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--optim.momentum=0.9 has no meaning for --optim.name=adam: remove it$"):
+        build_optimizer(OptimConfig("adam", momentum=0.9), network())
+    with pytest.raises(UserError, match=r"nesterov=true has no meaning .*optim.name=rmsprop: .* \(it takes momentum\)"):
+        build_optimizer(OptimConfig("rmsprop", momentum=0.9, nesterov=True), network())
 
 
 def test_a_network_without_trainable_parameters_is_refused() -> None:

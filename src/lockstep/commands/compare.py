@@ -7,25 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lockstep.errors import UserError
 from lockstep.models.weights import load_weights
-from lockstep.settings.cli import load_config
 from lockstep.settings.config import changed_settings
+from lockstep.settings.yaml import load_config
 
 
 def relative_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
     """For each tensor the largest |a - b|, as a share of the largest |a|; not a number where either has one.
 
-    Raises ValueError if names or shapes differ.
+    Raises UserError if names or shapes differ.
     """
     if a.keys() != b.keys():
         only = sorted(a.keys() ^ b.keys())
-        raise ValueError(
-            f"the runs hold different networks: {len(only)} weights are in one only, for example {only[0]}"
-        )
+        raise UserError(f"the runs hold different networks: {len(only)} weights are in one only, for example {only[0]}")
     differences = {}
     for name in a:
         if a[name].shape != b[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {tuple(a[name].shape)} in one run and {tuple(b[name].shape)} in the other"
             )
         x, y = a[name].double(), b[name].double()

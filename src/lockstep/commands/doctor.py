@@ -25,32 +25,29 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
-from lockstep.augment.transform import build_transform
 from lockstep.data.images import Data, build_data
 from lockstep.data.loader import TrainLoader
-from lockstep.data.sampler import build_sampler
-from lockstep.launch.accelerator import Launch, build_accelerator, has_fast_bf16, resolve_micro_batch_size
+from lockstep.data.sampler import build_sampler, resolve_micro_batch_size
+from lockstep.errors import UserError, first_line
+from lockstep.launch.accelerator import Launch, build_accelerator
+from lockstep.launch.machine import has_fast_bf16
 from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
-from lockstep.randomness import seed_run
 from lockstep.run.checkpoint import saved_steps
 from lockstep.run.folder import Run, open_run
 from lockstep.settings.cli import parse_config
 from lockstep.settings.config import Config
-from lockstep.training.ema import ExponentialAverage, build_average
-from lockstep.training.loss import build_loss
-from lockstep.training.optim import build_optimizer
+from lockstep.training.learner import Learner, build_learner, check_names
 
-MEETING_SECONDS = 120.0  # for all processes to find each other, and for one all-reduce
+CONNECT_SECONDS = 120.0  # for all processes to find each other, and for one all-reduce
 CHECK_SECONDS = 900.0  # for one check on the slowest process: it may download a data set
 WANDB_SECONDS = 10
 _FIRST_PROCESS_SPEAKS_SECONDS = 30
 _DEFAULT_PORT = 29500  # accelerate's and torchrun's
 _PROBES = 4  # images whose pixels are compared between processes
 _LONG_PASS_SECONDS = 5.0
-_MEETING_REMEDY = "start the same command on every machine, and look at the address, the port and the firewall"
+_CONNECT_REMEDY = "start the same command on every machine, and look at the address, the port and the firewall"
 
 Status = Literal["ok", "skipped", "warning", "failed"]
 _SEVERITY: tuple[Status, ...] = ("ok", "skipped", "warning", "failed")
@@ -74,9 +71,7 @@ class Parts:
     run: Run | None = None
     data: Data | None = None
     signature: dict[str, int | str] | None = None
-    model: nn.Module | None = None
-    average: ExponentialAverage | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    learner: Learner | None = None
 
     @property
     def is_main(self) -> bool:
@@ -95,7 +90,7 @@ _NO_LAUNCH = Finding("skipped", "the launch failed")
 def check_launch(parts: Parts) -> Finding:
     """Start the process group: its size, the device and the precision are what was asked for."""
     try:
-        with _time_limit(MEETING_SECONDS, "launch", f"not all processes met at {_address()}: {_MEETING_REMEDY}"):
+        with _time_limit(CONNECT_SECONDS, "launch", f"not all processes connected at {_address()}: {_CONNECT_REMEDY}"):
             parts.accelerator, launch = build_accelerator(parts.config.runtime)
     except Exception as problem:
         if "EADDRINUSE" not in str(problem):
@@ -108,6 +103,13 @@ def check_launch(parts: Parts) -> Finding:
     if precision == "fp32" and has_fast_bf16(launch.device.type == "cpu"):
         return Finding("warning", f"{text}, but this device has fast bf16: set --runtime.precision=auto")
     return Finding("ok", text)
+
+
+def check_choices(parts: Parts) -> Finding:
+    """The network, optimizer, loss and schedule that the settings name exist."""
+    check_names(parts.config)
+    config = parts.config
+    return Finding("ok", f"{config.model.name}, {config.optim.name}, {config.train.loss}, {config.schedule.name}")
 
 
 def check_batch(parts: Parts) -> Finding:
@@ -142,13 +144,13 @@ def check_cores(parts: Parts) -> Finding:
 
 
 def check_port(parts: Parts) -> Finding | None:
-    """The port at which processes meet: several have proved it, for one it is tried."""
+    """The port at which processes connect: several have proved it, for one it is tried."""
     if not parts.is_main:
         return None
     if parts.launch is None and "RANK" in os.environ:
         return _NO_LAUNCH
     if parts.launch and parts.launch.num_processes > 1:
-        return Finding("ok", f"{parts.launch.num_processes} processes met at {_address()}")
+        return Finding("ok", f"{parts.launch.num_processes} processes connected at {_address()}")
     port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -168,13 +170,13 @@ def check_all_reduce(parts: Parts) -> Finding | None:
     if processes == 1:
         return None
     start = time.perf_counter()
-    with _time_limit(MEETING_SECONDS, "all-reduce", f"no answer from other processes: {_MEETING_REMEDY}"):
+    with _time_limit(CONNECT_SECONDS, "all-reduce", f"no answer from other processes: {_CONNECT_REMEDY}"):
         own = torch.full((1024,), parts.launch.process_index + 1.0, device=parts.launch.device)
         total = parts.accelerator.reduce(own, reduction="sum")[-1].item()
     seconds = time.perf_counter() - start
     expected = processes * (processes + 1) // 2
     if total != expected:
-        return Finding("failed", f"1 + ... + {processes} came to {total:g} instead of {expected}: {_MEETING_REMEDY}")
+        return Finding("failed", f"1 + ... + {processes} came to {total:g} instead of {expected}: {_CONNECT_REMEDY}")
     return Finding("ok", f"{processes} processes added up to {total:g}, in {seconds:.3f} s")
 
 
@@ -243,27 +245,27 @@ def check_network(parts: Parts) -> Finding:
     """The network can be built, with its first weights, for images of this size."""
     if parts.data is None:
         return Finding("skipped", "the data cannot be read")
-    config = parts.config
+    name = parts.config.model.name
+    if parts.launch is None or parts.accelerator is None:
+        model = build_network(parts.config, parts.data, torch.device("cpu"), resumes=False)
+        return Finding("ok", f"{name} with {count_parameters(model):,} parameters")
     resumes = parts.run is not None and parts.run.has_checkpoint
-    seed_run(config.run.seed)
-    device = parts.launch.device if parts.launch else torch.device("cpu")
-    parts.model = model = build_network(config, parts.data, device, resumes=resumes)
-    parts.average = build_average(config.train, model)
-    parts.optimizer = build_optimizer(config.optim, model)
-    return Finding("ok", f"{config.model.name} with {count_parameters(model):,} parameters")
+    # Alone, without DDP and shared batch statistics: a failure here must not hang the others.
+    parts.learner = build_learner(parts.config, parts.data, parts.accelerator, parts.launch.alone(), resumes=resumes)
+    return Finding("ok", f"{name} with {count_parameters(parts.learner.model):,} parameters")
 
 
 def check_step(parts: Parts) -> Finding:
     """One microbatch forward and backward, and one update: memory suffices and the loss is finite."""
     if parts.launch is None or parts.accelerator is None:
         return _NO_LAUNCH
-    if parts.model is None or parts.optimizer is None or parts.data is None:
+    if parts.learner is None or parts.data is None:
         return Finding("skipped", "there is no network")
     if parts.micro_batch_size is None:
         return Finding("skipped", "the global batch does not fit the launch")
     try:
         loss, seconds, accumulation = _train_once(parts)
-        parts.optimizer.step()
+        parts.learner.optimizer.step()
     except torch.OutOfMemoryError:
         remedy = f"lower --train.micro_batch_size={parts.micro_batch_size}"
         return Finding("failed", f"{parts.launch.device} has not enough memory for one microbatch: {remedy}")
@@ -275,29 +277,21 @@ def check_step(parts: Parts) -> Finding:
 
 def _train_once(parts: Parts) -> tuple[float, float, int]:
     """Loss and seconds of this process's first microbatch, and the number of its microbatches per step."""
-    config, data, launch, accelerator = parts.config, parts.data, parts.launch, parts.accelerator
-    assert data and launch and accelerator and parts.model and parts.micro_batch_size
+    config, data, launch = parts.config, parts.data, parts.launch
+    assert data and launch and parts.learner and parts.micro_batch_size
     # One worker is enough to see whether workers start here.
     quick = replace(config, data=replace(config.data, workers=min(abs(config.data.workers), 1)))
     sampler = build_sampler(config, data.train.labels.numpy(), parts.micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, quick)
-    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=loader.precropped)
-    loss_of = build_loss(config.train)
     batch = next(loader.batches(range(1)))
-    # As train.py has it, but without DDP and shared batch statistics: a failure here must not hang the others.
-    network = accelerator.prepare_model(parts.model, evaluation_mode=True).train()
     seconds = math.inf
     for _ in range(2):  # the first pass is slow everywhere: the second tells the time, unless that would be long
         start = time.perf_counter()
-        images, targets = transform.train_batch(*batch, (config.run.seed, 0, 0))
-        loss = loss_of(network(images), targets).mean()
-        accelerator.backward(loss)
-        if launch.device.type != "cpu":
-            torch.accelerator.synchronize()
+        loss = parts.learner.rehearse(batch).item()  # which waits for the device
         seconds = min(seconds, time.perf_counter() - start)
         if seconds > _LONG_PASS_SECONDS:
             break
-    return loss.item(), seconds, loader.accumulation
+    return loss, seconds, loader.accumulation
 
 
 def _checksum(content: str | bytes) -> str:
@@ -323,11 +317,11 @@ def check_disk(parts: Parts) -> Finding | None:
         reason = f"{place} cannot be written to ({problem.strerror or problem})"
         return Finding("failed", f"{reason}: set another --run.root, or make it a folder of yours with room")
     free = shutil.disk_usage(place).free
-    if parts.model is None or parts.optimizer is None:
+    if parts.learner is None:
         return Finding("ok", f"{place} can be written to; {_size(free)} free (without a network no need is known)")
     # The newest ones, the best one, and the one being written; those there already will make room for new ones.
     count = max(1, config.checkpoint.keep_last + 2 - len(saved_steps(checkpoints)))
-    each = _checkpoint_bytes(parts.model, parts.optimizer, parts.average)
+    each = _checkpoint_bytes(parts.learner)
     folders = f"{count} checkpoint{'s' * (count > 1)} of {_size(each)}"
     text = f"{folders} need {_size(count * each)}; {place} has {_size(free)} free"
     if count * each > free:
@@ -335,7 +329,8 @@ def check_disk(parts: Parts) -> Finding | None:
     return Finding("ok", text)
 
 
-def _checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> int:
+def _checkpoint_bytes(learner: Learner) -> int:
+    model, optimizer, average = learner.model, learner.optimizer, learner.average
     if not optimizer.state:  # no step was possible: zero gradients make the same state
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -374,7 +369,7 @@ def check_wandb(parts: Parts) -> Finding | None:
         user = wandb.Api(timeout=WANDB_SECONDS).viewer.username
         return Finding("ok", f"online at {settings.base_url} as {user}, project {parts.config.log.project}")
     except Exception as problem:
-        text = f"the server does not accept us ({_first_line(problem)}): the run will be logged offline"
+        text = f"the server does not accept us ({first_line(problem)}): the run will be logged offline"
         return Finding("warning", f"{text}; look at the network, or run `wandb login` again")
     finally:
         wandb.teardown()
@@ -384,6 +379,7 @@ def check_wandb(parts: Parts) -> Finding | None:
 
 CHECKS: dict[str, Check] = {
     "launch": check_launch,
+    "names": check_choices,
     "batch": check_batch,
     "cores": check_cores,
     "port": check_port,
@@ -422,10 +418,10 @@ def _guarded(check: Check, parts: Parts) -> Finding | None:
     """Run a check; whatever goes wrong in it is a failure that is told like the others."""
     try:
         return check(parts)
-    except ValueError as mistake:
+    except UserError as mistake:
         return Finding("failed", str(mistake))
     except Exception as problem:
-        return Finding("failed", f"{type(problem).__name__}: {_first_line(problem)}")
+        return Finding("failed", f"{type(problem).__name__}: {first_line(problem)}")
 
 
 def combine(findings: Sequence[Finding | None]) -> Finding | None:
@@ -446,10 +442,6 @@ def combine(findings: Sequence[Finding | None]) -> Finding | None:
 
 def _line(name: str, finding: Finding) -> str:
     return f"{finding.status:<8} {name:<11} {finding.text}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lockstep.settings.config import Config
 
 
 def prepare(config: Config) -> list[str]:
-    """Fill the caches; returns lines that say what is where. Raises ValueError for what is out of reach."""
+    """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach."""
     data = build_data(config, Path(config.run.root) / str(config.run.name), write=False)
     lines = [_describe(data, config), *_places(data, config)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)

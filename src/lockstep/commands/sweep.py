@@ -24,7 +24,8 @@ from typing import Any
 
 import yaml
 
-from lockstep.settings.cli import RECIPES, suggest, usage_error
+from lockstep.errors import UsageError, UserError, did_you_mean
+from lockstep.settings.cli import RECIPES
 from lockstep.settings.config import Config, shaping_settings
 
 _MAX_TASKS = 10_000
@@ -44,15 +45,15 @@ class Sweep:
     tasks: tuple[Task, ...]
 
     def arguments_of(self, index: int, more: Sequence[str] = ()) -> list[str]:
-        """train.py's arguments for a task; ValueError if there is no such task or `more` interferes with the sweep."""
+        """train.py's arguments for a task; UserError if there is no such task or `more` interferes with the sweep."""
         if not 0 <= index < len(self.tasks):
-            raise ValueError(f"{self.path} has the tasks 0 to {len(self.tasks) - 1}, not {index}")
+            raise UserError(f"{self.path} has the tasks 0 to {len(self.tasks) - 1}, not {index}")
         for argument in more:
             name = argument.split("=", 1)[0].removeprefix("--")
             if name in self.tasks[index]:
-                raise ValueError(f"{argument}: {self.path} sets {name} for each task: remove it here or there")
+                raise UserError(f"{argument}: {self.path} sets {name} for each task: remove it here or there")
             if name == "run.name":
-                raise ValueError(f"{argument}: the tasks of a sweep cannot share a run folder: leave --run.name out")
+                raise UserError(f"{argument}: the tasks of a sweep cannot share a run folder: leave --run.name out")
         group = os.environ.get("SLURM_ARRAY_JOB_ID", self.path.stem)
         return [*self.arguments, f"--run.group={group}", *more, *spelled(self.tasks[index])]
 
@@ -63,25 +64,25 @@ def spelled(task: Task) -> list[str]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read a sweep file; raises ValueError, naming file and key, for what cannot be enumerated without a server."""
+    """Read a sweep file; raises UserError, naming file and key, for what cannot be enumerated without a server."""
     content = _load(path)
     parameters = content.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
-        raise ValueError(f"{path} has no parameters, for example `parameters: {{optim.lr: {{values: [0.1, 0.01]}}}}`")
+        raise UserError(f"{path} has no parameters, for example `parameters: {{optim.lr: {{values: [0.1, 0.01]}}}}`")
     known = shaping_settings(Config()).keys()
     for name, parameter in parameters.items():
         if name not in known:
             # A setting that does not shape the result would give two tasks one run folder.
-            raise ValueError(f"{path}: {name} is no setting that a sweep can vary.{suggest(name, set(known))}")
+            raise UserError(f"{path}: {name} is no setting that a sweep can vary.{did_you_mean(name, known)}")
         if not isinstance(parameter, dict):
-            raise ValueError(f"{path}: {name} needs `value`, `values`, or `min` and `max`")
+            raise UserError(f"{path}: {name} needs `value`, `values`, or `min` and `max`")
     method = content.get("method")
     if method == "grid":
         tasks = _grid(path, parameters)
     elif method == "random":
         tasks = _draw(path, parameters, content.get("run_cap"), str(content.get("name", path.stem)))
     else:
-        raise ValueError(f"{path}: method {method} needs W&B's server (wandb sweep {path}); here: grid or random")
+        raise UserError(f"{path}: method {method} needs W&B's server (wandb sweep {path}); here: grid or random")
     return Sweep(path, _shared_arguments(path, content), tuple(tasks))
 
 
@@ -89,18 +90,18 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as problem:
-        raise ValueError(f"sweep file {path} cannot be read: {problem.strerror}") from problem
+        raise UserError(f"sweep file {path} cannot be read: {problem.strerror}") from problem
     except (yaml.YAMLError, UnicodeDecodeError) as mistake:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(mistake).split())}") from mistake
+        raise UserError(f"{path} is not YAML: {' '.join(str(mistake).split())}") from mistake
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold method and parameters, as W&B's sweep files do")
+        raise UserError(f"{path} must hold method and parameters, as W&B's sweep files do")
     return content
 
 
 def _shared_arguments(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
     command = [str(word) for word in content.get("command", ["${program}", "${args}"])]
     if "${program}" not in command or command[-1] != "${args}":
-        raise ValueError(f"{path}: command must name ${{program}} and end with ${{args}}")
+        raise UserError(f"{path}: command must name ${{program}} and end with ${{args}}")
     return tuple(command[command.index("${program}") + 1 : -1])
 
 
@@ -109,19 +110,19 @@ def _grid(path: Path, parameters: dict[str, dict[str, Any]]) -> list[Task]:
     for name, parameter in parameters.items():
         values = [parameter["value"]] if "value" in parameter else parameter.get("values")
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: {name} needs `values` (a list) in a grid")
+            raise UserError(f"{path}: {name} needs `values` (a list) in a grid")
         if any(value in values[:position] for position, value in enumerate(values)):
-            raise ValueError(f"{path}: {name} has a value twice: two tasks would be one run")
+            raise UserError(f"{path}: {name} has a value twice: two tasks would be one run")
         choices.append(values)
     count = math.prod(map(len, choices))
     if count > _MAX_TASKS:
-        raise ValueError(f"{path}: {count} tasks are too many (at most {_MAX_TASKS}): shorten the lists, or draw")
+        raise UserError(f"{path}: {count} tasks are too many (at most {_MAX_TASKS}): shorten the lists, or draw")
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: str) -> list[Task]:
     if not isinstance(count, int) or not 1 <= count <= _MAX_TASKS:
-        raise ValueError(f"{path}: method random needs `run_cap`, the number of tasks, from 1 to {_MAX_TASKS}")
+        raise UserError(f"{path}: method random needs `run_cap`, the number of tasks, from 1 to {_MAX_TASKS}")
     generator = random.Random(seed)
     tasks: list[Task] = []
     for _ in range(_DRAWS_PER_TASK * count):
@@ -130,7 +131,7 @@ def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: s
             tasks.append(task)
         if len(tasks) == count:
             return tasks
-    raise ValueError(f"{path}: no {count} different tasks can be drawn, only {len(tasks)}: lower run_cap")
+    raise UserError(f"{path}: no {count} different tasks can be drawn, only {len(tasks)}: lower run_cap")
 
 
 _DISTRIBUTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Any]] = {
@@ -160,11 +161,11 @@ def _draw_value(path: Path, name: str, given: dict[str, Any], generator: random.
         whole = isinstance(given.get("min"), int) and isinstance(given.get("max"), int)
         kind = "int_uniform" if whole else "uniform"
     if kind not in _DISTRIBUTIONS:
-        raise ValueError(f"{path}: {name}: distribution {kind} is not one of {', '.join(_DISTRIBUTIONS)}")
+        raise UserError(f"{path}: {name}: distribution {kind} is not one of {', '.join(_DISTRIBUTIONS)}")
     try:
         value = _DISTRIBUTIONS[kind](generator, given)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as problem:
-        raise ValueError(f"{path}: {name}: {kind} does not go with {given} ({problem!r})") from problem
+        raise UserError(f"{path}: {name}: {kind} does not go with {given} ({problem!r})") from problem
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -184,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = read_sweep(options.file)
         if options.command == "run":
             return _become_train(sweep.arguments_of(options.index, more))
-    except ValueError as mistake:
-        usage_error(str(mistake))
+    except UserError as mistake:
+        raise UsageError(str(mistake)) from mistake
     for index, task in enumerate(sweep.tasks):
         print(f"{index}: {' '.join(spelled(task))}")
     print(f"sbatch --array=0-{len(sweep.tasks) - 1} slurm/array_sweep.sbatch {sweep.path}", file=sys.stderr)

@@ -1,22 +1,23 @@
 """Images decoded once into one uint8 file, shared by all processes and later runs through the page cache."""
 
-import contextlib
 import errno
 import hashlib
 import json
 import logging
-import os
 import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from lockstep.data.sources.kinds import Split
+from lockstep.errors import UserError
+from lockstep.files import remove_unfinished, written_aside
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _DECODING_ERRORS = (
 )
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """The bytes of one image are missing or broken; the message names it. `data.on_error=skip` skips these alone."""
 
 
@@ -47,14 +48,14 @@ def channels_of(image: Image.Image) -> int:
 def open_image(split: Split, row: int) -> Image.Image:
     """The image at `row`, completely decoded, in its own mode and size.
 
-    Raises UnreadableImage, naming file or row, if its bytes are missing or broken; plain ValueError if the file cannot
+    Raises UnreadableImage, naming file or row, if its bytes are missing or broken; plain UserError if the file cannot
     be reached for another reason (an input/output error says nothing about the image, so it is never skipped).
     """
     try:
         image = split.read(row)
         image.load()
     except OSError as error:
-        kind = UnreadableImage if error.errno in (None, errno.ENOENT, errno.EISDIR) else ValueError
+        kind = UnreadableImage if error.errno in (None, errno.ENOENT, errno.EISDIR) else UserError
         raise kind(_broken(split, row, error)) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(_broken(split, row, error)) from error
@@ -62,10 +63,10 @@ def open_image(split: Split, row: int) -> Image.Image:
 
 
 def read_image(split: Split, row: int, channels: int) -> Image.Image:
-    """`open_image` in mode L (`channels` 1) or RGB (3); plain ValueError if it holds 32-bit pixels."""
+    """`open_image` in mode L (`channels` 1) or RGB (3); plain UserError if it holds 32-bit pixels."""
     image = open_image(split, row)
     if image.mode in ("I", "F"):
-        raise ValueError(f"{split.where(row)} has 32-bit pixels (mode {image.mode}): convert it to 8 or 16 bits")
+        raise UserError(f"{split.where(row)} has 32-bit pixels (mode {image.mode}): convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
@@ -83,14 +84,14 @@ def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | N
     """Pixels of `image` as uint8 of `shape` (H, W, C), C being 1 or 3.
 
     The shorter side is resized to `resize_size` (bilinear, antialiased) and the centre of H x W cut out, filled up
-    with black where it is larger. `resize_size=None` takes the image as it is and raises ValueError if its size is
+    with black where it is larger. `resize_size=None` takes the image as it is and raises UserError if its size is
     another one.
     """
     height, width, channels = shape
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     if resize_size is None and image.size != (width, height):
-        raise ValueError(
+        raise UserError(
             f"is {image.height}x{image.width} where others are {height}x{width}: "
             "set --augment.image_size to bring all images to one size"
         )
@@ -105,12 +106,12 @@ def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | N
 
 
 def decode_row(split: Split, row: int, shape: tuple[int, int, int], resize_size: int | None) -> np.ndarray:
-    """`decode` the image at `row`, uint8 of `shape`; an error is a ValueError that names the image."""
+    """`decode` the image at `row`, uint8 of `shape`; an error is a UserError that names the image."""
     image = read_image(split, row, shape[2])
     try:
         return decode(image, shape, resize_size)
-    except ValueError as error:
-        raise ValueError(f"{split.where(row)} {error}") from error
+    except UserError as error:
+        raise UserError(f"{split.where(row)} {error}") from error
 
 
 def decode_cached(
@@ -126,11 +127,9 @@ def decode_cached(
     `shape` and `resize_size` are those of `decode`, `fingerprint` the source's. Returns uint8 (N, *shape), mapped
     copy-on-write (processes share its pages, and writing to it never reaches the file), and bool (N,), true where an
     image was skipped. Of several processes that call this at once, one decodes and the others wait. A damaged file is
-    reported and built again. Raises ValueError for an unreadable image under `on_error="raise"`, for an image of
+    reported and built again. Raises UserError for an unreadable image under `on_error="raise"`, for an image of
     another size, if all images are unreadable, and for a folder that cannot be written to or is full.
     """
-    from filelock import FileLock
-
     key = json.dumps([fingerprint, split.name, len(split), shape, resize_size, on_error, _RULE_VERSION])
     folder = Path(cache_dir).expanduser()
     path = folder / f"{split.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
@@ -145,12 +144,12 @@ def decode_cached(
                     _build(path, split, shape, resize_size, on_error)
                     cached = _open_verified(path, expected, warn=True)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"the image cache {folder} cannot be written ({error.strerror or error}): make room there, set another "
                 "--data.cache_dir, or --data.memory_budget=0 to do without"
             ) from error
     if cached is None:
-        raise ValueError(f"the image cache {path} does not keep what is written to it: set another --data.cache_dir")
+        raise UserError(f"the image cache {path} does not keep what is written to it: set another --data.cache_dir")
     return cached
 
 
@@ -189,20 +188,22 @@ def _build(
     on_error: Literal["raise", "skip"],
 ) -> None:
     """Write the images, then their description, each aside and renamed, so that a kill leaves nothing half done."""
+    remove_unfinished(path.parent, path.name)
+    remove_unfinished(path.parent, path.with_suffix(".json").name)
     _logger.info("decoding %d images of the %s split into %s", len(split), split.name, path)
     skipped: list[int] = []
     checksum = 0
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *shape)}
-    with _written_aside(path) as file:
+    with written_aside(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for images, broken in _decoded_blocks(split, shape, resize_size, on_error):
             checksum = zlib.crc32(images, checksum)
             skipped += broken
             file.write(images)
         if len(skipped) == len(split):
-            raise ValueError(f"none of the {len(split)} images of the {split.name} split can be decoded")
+            raise UserError(f"none of the {len(split)} images of the {split.name} split can be decoded")
     description: dict[str, Any] = {"images": len(split), "skipped": skipped, "crc32": checksum}
-    with _written_aside(path.with_suffix(".json")) as file:
+    with written_aside(path.with_suffix(".json")) as file:
         file.write(json.dumps(description).encode())
 
 
@@ -228,17 +229,3 @@ def _decoded_blocks(
         for start in range(0, len(split), _BLOCK):  # block by block, so that results never pile up in memory
             block = rows[start : start + _BLOCK]
             yield from pool.map(decode_rows, [block[task : task + _TASK] for task in range(0, len(block), _TASK)])
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is complete and on the disk, or never."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

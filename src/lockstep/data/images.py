@@ -14,6 +14,7 @@ from torch import Tensor
 from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
 from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.split import load_or_draw_split
+from lockstep.errors import UserError
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class ImageSet:
     def load(self, index: int) -> Tensor | None:
         """Sample `index` as evaluation sees it, uint8 (H, W, C); None if it is skipped.
 
-        Raises ValueError naming the image if it is unreadable and `on_error` is "raise", or has another size.
+        Raises UserError naming the image if it is unreadable and `on_error` is "raise", or has another size.
         """
         row = int(self.rows[index])
         if self.images is not None:
@@ -109,13 +110,13 @@ def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
 
     Sets whose decoded images fit `data.memory_budget` together are decoded once into `data.cache_dir`; larger ones
     stream, and so does a training set whose random crops need more than the cached pixels. Every process of a run
-    calls this; one, with `write`, leaves `split.json` in `run_dir`. Raises ValueError, in one line, for all that is
+    calls this; one, with `write`, leaves `split.json` in `run_dir`. Raises UserError, in one line, for all that is
     wrong with the data or does not fit the settings.
     """
     source = open_source(config.data)
     num_classes = config.data.num_classes or len(source.classes)
     if num_classes < len(source.classes):
-        raise ValueError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
+        raise UserError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
     geometry = _look_at(source.splits["train"], config.data, config.augment)
     sets = _image_sets(source, geometry, config)
     train, val = sets["train"], sets.get("val")
@@ -138,12 +139,12 @@ def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometr
             if data.on_error == "raise":
                 raise
     if not images:
-        raise ValueError(f"{data.source}: none of {_PROBES} images looked at can be decoded")
+        raise UserError(f"{data.source}: none of {_PROBES} images looked at can be decoded")
     channels = channels_of(images[0])
     size = augment.image_size
     if size is None:
         if augment.eval_crop < 1:
-            raise ValueError(f"--augment.eval_crop={augment.eval_crop} needs --augment.image_size")
+            raise UserError(f"--augment.eval_crop={augment.eval_crop} needs --augment.image_size")
         return _Geometry((images[0].height, images[0].width, channels), None, shrinks=False)
     shrinks = any(max(image.size) > size for image in images)
     return _Geometry((size, size, channels), round(size / augment.eval_crop), shrinks)
@@ -186,7 +187,7 @@ def _normalization(
     """Per-channel mean and standard deviation: the settings', measured, or ImageNet's for a streamed set."""
     if augment.mean is not None and augment.std is not None:
         if {len(augment.mean), len(augment.std)} - {1, channels}:
-            raise ValueError(f"--augment.mean and --augment.std need 1 or {channels} values, one per channel")
+            raise UserError(f"--augment.mean and --augment.std need 1 or {channels} values, one per channel")
         return augment.mean * (channels // len(augment.mean)), augment.std * (channels // len(augment.std))
     if train.images is None:
         return _IMAGENET_MEAN[channels], _IMAGENET_STD[channels]

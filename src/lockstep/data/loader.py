@@ -18,12 +18,14 @@ from PIL.Image import Resampling
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lockstep.augment.transform import crop_boxes
+from lockstep.augment.geometry import crop_boxes
 from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.data.sampler import Microbatch, Sampler
-from lockstep.launch.accelerator import Launch, signal_at_death_of_parent
+from lockstep.errors import UserError
+from lockstep.launch.accelerator import Launch
+from lockstep.launch.machine import signal_at_death_of_parent
 from lockstep.randomness import sample_keys
-from lockstep.settings.config import Config
+from lockstep.settings.config import AugmentConfig, Config
 
 # Samples of one evaluation batch. Fixed, and batches are dealt to processes whole, so that each sample is computed
 # in the same company everywhere.
@@ -38,6 +40,11 @@ class Batch(NamedTuple):
     keys: Tensor
 
 
+def crops_while_decoding(data: ImageSet, augment: AugmentConfig) -> bool:
+    """Whether random resized crops are cut where images are decoded: of a streamed set, whose images are large."""
+    return data.images is None and augment.resized_crop > 0
+
+
 class TrainLoader:
     """This process's share of the global order. Holds no position: any step can be asked for at any time."""
 
@@ -49,7 +56,7 @@ class TrainLoader:
         self._labels = data.labels.to(launch.device)
         self._rows = data.rows.to(launch.device)
         self._images = None if data.images is None else data.images.to(launch.device)
-        self.precropped = data.images is None and config.augment.resized_crop > 0
+        self._precrops = crops_while_decoding(data, config.augment)
 
     @property
     def accumulation(self) -> int:
@@ -72,7 +79,7 @@ class TrainLoader:
         return Batch(images, self._labels[samples], self._keys(microbatch, self._launch.device))
 
     def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
-        min_area = self._config.augment.resized_crop if self.precropped else 0.0
+        min_area = self._config.augment.resized_crop if self._precrops else 0.0
         cpu = torch.device("cpu")
         requests = ((m.samples.tolist(), self._keys(m, cpu)) for m in microbatches)
         tagged = ([(index, key, min_area) for index, key in zip(*request, strict=True)] for request in requests)
@@ -162,10 +169,10 @@ def _data_loader(
         yield from loader
     except (ConnectionError, EOFError) as broken:
         raise RuntimeError("DataLoader worker was killed while it handed over images") from broken
-    except ValueError as error:
+    except UserError as error:
         # From a worker, torch sends the whole traceback as the message; its last line is the one for the user.
         line = str(error).strip().splitlines()[-1]
-        line = re.sub(r"^(lockstep\.data\.cache\.UnreadableImage|ValueError): ", "", line)
+        line = re.sub(r"^lockstep\.[\w.]+(UnreadableImage|UserError): ", "", line)
         # Frames in the traceback would hold on to the iterator until some later garbage collection, in whose
         # disorder its workers are not told to end and are waited for, five seconds each.
-        raise ValueError(line) from error.with_traceback(None)
+        raise UserError(line) from error.with_traceback(None)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lockstep.errors import UserError
 from lockstep.randomness import mix_array, mix_seed
 from lockstep.settings.config import Config
 
@@ -74,7 +75,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the training set has {self.num_samples} samples, fewer than one step needs: "
                 f"lower --train.batch_size={self.batch_size}"
             )
@@ -142,4 +143,31 @@ def build_sampler(config: Config, labels: np.ndarray, micro_batch_size: int) -> 
         seed=config.run.seed,
         repeats=config.data.repeats,
         class_samples=class_samples,
+    )
+
+
+def resolve_micro_batch_size(config: Config, num_processes: int, kept: int | None = None) -> int:
+    """The samples of one forward/backward; for auto, the most that it may be.
+
+    Where the setting leaves it open, `kept`, that of an earlier start of the run, counts. Raises UserError with a
+    launch that fits where the numbers do not.
+    """
+    batch_size, micro_batch_size = config.train.batch_size, config.train.micro_batch_size
+    given = micro_batch_size if isinstance(micro_batch_size, int) else kept
+    micro = given or batch_size // num_processes
+    if micro and batch_size % (micro * num_processes) == 0:
+        if config.runtime.static_graph and batch_size > micro * num_processes:  # torch 2.15 fails an assertion
+            raise UserError("--runtime.static_graph=true does not go with accumulation: leave one of them out")
+        return micro
+    microbatches = batch_size // micro if given else batch_size
+    fitting = [str(n) for n in range(1, microbatches + 1) if microbatches % n == 0]
+    nearest = sorted(fitting, key=lambda n: abs(int(n) - num_processes))[:2]
+    step = (micro or 1) * num_processes
+    below = batch_size // step * step
+    sizes = " or ".join(str(size) for size in (below, below + step) if size)
+    smaller = [size for size in range(1, micro) if batch_size % (size * num_processes) == 0]
+    shrink = f", or micro_batch_size to {smaller[-1]} (other batch statistics)" if smaller else ""
+    raise UserError(
+        f"--train.batch_size={batch_size} is not a multiple of {micro or 1} (micro_batch_size) x {num_processes} "
+        f"(processes): launch {' or '.join(sorted(nearest, key=int))} processes, or set batch_size to {sizes}{shrink}"
     )

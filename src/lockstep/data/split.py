@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from lockstep.errors import UserError
+from lockstep.files import write_json
 from lockstep.settings.config import DataConfig
 
 _STREAM = 1 << 64  # second key word of Philox: keeps these draws apart from other uses of the same seed
@@ -17,13 +18,13 @@ def draw_validation_split(labels: np.ndarray, fraction: float, seed: int) -> tup
 
     `labels` is int (N,), `fraction` lies in [0, 1). Returns sorted int64 indices (train, val) with
     `round(fraction * N)` of them in val, shared out to the classes by largest remainder; every class keeps at least
-    one sample in train. Raises ValueError where that cannot be. The samples are ranked by raw Philox words, whose
+    one sample in train. Raises UserError where that cannot be. The samples are ranked by raw Philox words, whose
     stream NumPy guarantees (its `shuffle` has no such guarantee).
     """
     count = len(labels)
     quotas = _validation_counts(labels, round(fraction * count))
     if fraction > 0 and sum(quotas.values()) == 0:
-        raise ValueError(f"{fraction:g} of {count} training images is none: raise --data.val_fraction or set it to 0")
+        raise UserError(f"{fraction:g} of {count} training images is none: raise --data.val_fraction or set it to 0")
     ranks = np.random.Philox(key=seed + _STREAM).random_raw(count)
     held_out = np.zeros(count, dtype=bool)
     for label, quota in quotas.items():
@@ -35,7 +36,7 @@ def draw_validation_split(labels: np.ndarray, fraction: float, seed: int) -> tup
 def _validation_counts(labels: np.ndarray, total: int) -> dict[int, int]:
     classes, sizes = np.unique(labels, return_counts=True)
     if total > sizes.sum() - len(classes):
-        raise ValueError(
+        raise UserError(
             f"cannot hold out {total} of {sizes.sum()} images and keep one of each of the {len(classes)} classes "
             "for training: lower --data.val_fraction"
         )
@@ -54,7 +55,7 @@ def load_or_draw_split(
     """Read the validation split of a run from `path`, or draw it (and save it there if `write`).
 
     `labels` is int (N,) of the whole training split. Returns sorted int64 indices (train, val). Every process may call
-    this, with `write` on one of them: what the others draw is the same. Raises ValueError if the file is damaged or
+    this, with `write` on one of them: what the others draw is the same. Raises UserError if the file is damaged or
     was drawn for other data, another fraction or another seed.
     """
     header = {
@@ -67,7 +68,7 @@ def load_or_draw_split(
         return _read(path, header, len(labels))
     train, val = draw_validation_split(labels, config.val_fraction, seed)
     if write:
-        _write(path, header | {"train_count": len(train), "val_indices": val.tolist()})
+        write_json(path, header | {"train_count": len(train), "val_indices": val.tolist()})
     return train, val
 
 
@@ -78,23 +79,13 @@ def _read(path: Path, header: dict[str, object], count: int) -> tuple[np.ndarray
         differing = [key for key, value in header.items() if saved[key] != value]
         train_count = saved["train_count"]
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): restore it, or start over with another --run.name") from error
+        raise UserError(f"{path} is damaged ({error!r}): restore it, or start over with another --run.name") from error
     ascending = val.ndim == 1 and bool(np.all(np.diff(val) > 0)) and (not len(val) or 0 <= val[0] <= val[-1] < count)
     if not ascending or train_count != count - len(val):
         differing.append("val_indices")
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{path} was drawn for other data ({', '.join(differing)} differ): "
             "start over with another --run.name, or bring the old data back"
         )
     return np.setdiff1d(np.arange(count), val, assume_unique=True), val
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,7 +1,6 @@
 """Exact evaluation: every sample counts once, at any number of processes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,41 +10,9 @@ from torch import Tensor, nn
 from lockstep.augment.transform import Transform
 from lockstep.data.images import SKIPPED_LABEL
 from lockstep.data.loader import EvaluationLoader
+from lockstep.errors import UserError
+from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.sharding import gathered
-
-
-@dataclass(frozen=True, eq=False)
-class Metrics:
-    """What a network does on a set. Arrays are by sample index; samples whose image was skipped are left out."""
-
-    loss: float
-    accuracy: float
-    top5_accuracy: float
-    samples: np.ndarray
-    """Indices into the set, int64 (N,)"""
-    labels: np.ndarray
-    predictions: np.ndarray
-    confidences: np.ndarray
-    """Probability of the predicted class, (N,)"""
-    losses: np.ndarray
-    confusion: np.ndarray
-    """Counts (classes, classes): row is the label, column the prediction"""
-
-    def headline(self) -> dict[str, float]:
-        """loss, accuracy and, where it says something, top5_accuracy."""
-        top5 = {"top5_accuracy": self.top5_accuracy} if len(self.confusion) > 10 else {}
-        return {"loss": self.loss, "accuracy": self.accuracy, **top5}
-
-    def per_class(self) -> dict[str, np.ndarray]:
-        """precision, recall, f1 and support of each class, (classes,); 0 where a class was never predicted or seen."""
-        hits = np.diag(self.confusion).astype(float)
-        predicted, support = self.confusion.sum(0), self.confusion.sum(1)
-        precision = np.divide(hits, predicted, out=np.zeros_like(hits), where=predicted > 0)
-        recall = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
-        total = precision + recall
-        f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(hits), where=total > 0)
-        return {"precision": precision, "recall": recall, "f1": f1, "support": support}
-
 
 _COLUMNS = ("seen", "label", "loss", "prediction", "confidence", "better_classes")
 
@@ -57,7 +24,7 @@ def evaluate(
     transform: Transform,
     accelerator: Accelerator,
     interrupted: Callable[[], bool] = lambda: False,
-) -> Metrics | None:
+) -> Predictions | None:
     """Loss, accuracy and predictions of the bare `model` (not its DDP wrapper, whose forward would wait for others).
 
     Each process fills in the rows of its own samples and the rows are added up over processes, so that the numbers,
@@ -91,23 +58,19 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(confidence), labels, -true[:, 0], prediction, confidence, better], 1)
 
 
-def _summarise(rows: np.ndarray, num_classes: int) -> Metrics:
-    seen, labels, losses, predictions, confidences, better = rows.T
+def _summarise(rows: np.ndarray, num_classes: int) -> Predictions:
+    seen, labels, losses, predicted, confidences, better = rows.T
     if not (seen == 1).all():
         raise RuntimeError(f"evaluation counted {int(seen.sum())} of {len(seen)} samples, some not exactly once")
     (samples,) = np.nonzero(labels != SKIPPED_LABEL)
     if not len(samples):
-        raise ValueError("every image of the set was skipped: there is nothing to evaluate")
-    labels, predictions = labels[samples].astype(np.int64), predictions[samples].astype(np.int64)
-    pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
-    return Metrics(
-        loss=float(losses[samples].mean()),
-        accuracy=float((predictions == labels).mean()),
-        top5_accuracy=float((better[samples] < 5).mean()),
-        samples=samples,
-        labels=labels,
-        predictions=predictions,
-        confidences=confidences[samples],
-        losses=losses[samples],
-        confusion=pairs.reshape(num_classes, num_classes),
+        raise UserError("every image of the set was skipped: there is nothing to evaluate")
+    return Predictions(
+        samples,
+        labels[samples].astype(np.int64),
+        predicted[samples].astype(np.int64),
+        confidences[samples],
+        losses[samples],
+        better[samples].astype(np.int64),
+        num_classes,
     )

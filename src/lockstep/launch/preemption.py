@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
-from lockstep.run.tracker import write_json
 from lockstep.settings.config import RunConfig
 
 REQUEUE_CODE = 85
@@ -84,18 +84,18 @@ class Preemption:
         now = time.monotonic()
         steps = _ASK_SECONDS * self._steps_since / max(now - self._asked, 1e-9)
         self._asked, self._steps_since = now, 0
-        words = torch.tensor([self.wanted(), min(int(steps), _MOST_STEPS_BETWEEN)], dtype=torch.int32)
-        work = dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = (work, words)
+        message = torch.tensor([self.wanted(), min(int(steps), _MOST_STEPS_BETWEEN)], dtype=torch.int32)
+        work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, message)
 
     def _answer(self) -> bool:
         """What came of the last question; False if nothing was asked since."""
         if self._pending is None:
             return False
-        work, words = self._pending
+        work, message = self._pending
         self._pending = None
         work.wait()
-        stop, self._steps_until = words.tolist()
+        stop, self._steps_until = message.tolist()
         return bool(stop)
 
     def leave(self, step: int) -> int:

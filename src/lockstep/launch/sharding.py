@@ -64,13 +64,12 @@ class ShardedNetwork(nn.Module):
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """The network that trains, whose gradients are averaged over processes by DDP or FSDP2, and its optimizer."""
-    if is_sharded(model):
-        model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, without DDP
-        return ShardedNetwork(model), accelerator.prepare_optimizer(optimizer)
-    return accelerator.prepare(model, optimizer)
+    by_ddp = launch.num_processes > 1 and not is_sharded(model)
+    network = accelerator.prepare_model(model, evaluation_mode=not by_ddp)  # that is autocast, without DDP
+    return ShardedNetwork(network) if is_sharded(model) else network, accelerator.prepare_optimizer(optimizer)
 
 
 @contextmanager

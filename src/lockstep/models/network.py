@@ -2,13 +2,15 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lockstep.data.images import Data
+from lockstep.errors import UserError
 from lockstep.models.resnet import resnet_basic
 from lockstep.models.small import (
     cifar10_cnn,
@@ -20,13 +22,12 @@ from lockstep.models.small import (
     tiny_cnn,
     vgg_small,
 )
-from lockstep.models.timm_models import build_timm, is_timm_model, timm_names
 from lockstep.models.weights import load_weights, put_weights
 from lockstep.settings.config import Config, ModelConfig
+from lockstep.settings.registry import refuse_unused
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A builder, and the settings of `ModelConfig` that mean something to it."""
 
     build: Callable[[ModelConfig, tuple[int, int, int], int], nn.Module]
@@ -43,7 +44,7 @@ NETWORKS = {
     "vgg_small": Network(vgg_small, frozenset({"dropout", "width", "noise", "init"})),
     "resnet_basic": Network(resnet_basic, frozenset({"dropout", "width", "batch_norm", "init"})),
 }
-_TIMM = Network(build_timm, frozenset({"dropout", "drop_path", "stem", "pretrained"}))
+_TIMM_SETTINGS = frozenset({"dropout", "drop_path", "stem", "pretrained"})
 _ALWAYS = frozenset({"name", "checkpoint", "summary"})
 
 
@@ -52,45 +53,41 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int], num_clas
 
     It maps images (N, channels, height, width) of `image_shape` = (channels, height, width) to logits
     (N, num_classes). Weights of `config.checkpoint` are not loaded here.
-    Raises ValueError for an unknown name, for a setting that this network has no use for, for an image size that
+    Raises UserError for an unknown name, for a setting that this network has no use for, for an image size that
     it cannot take, and for pretrained weights that cannot be had.
     """
-    network = _find_network(config.name)
-    _refuse_unused_settings(config, network)
-    model = network.build(config, image_shape, num_classes)
+    model = find_network(config).build(config, image_shape, num_classes)
     set_initial_weights(model, config.init)
     return model
 
 
-def _find_network(name: str) -> Network:
+def find_network(config: ModelConfig) -> Network:
+    """The record of `model.name`; raises UserError if there is none, or if it has no use for a setting."""
+    network = NETWORKS[config.name] if config.name in NETWORKS else _find_timm(config.name)
+    optional = {setting.name for setting in fields(config)} - _ALWAYS
+    refuse_unused("model.name", config, network.settings, optional)
+    return network
+
+
+def _find_timm(name: str) -> Network:
+    from lockstep.models import timm_models  # here, because timm takes seconds to import
+
     timm_name = name.removeprefix("timm/")
-    if name in NETWORKS:
-        return NETWORKS[name]
-    if name != timm_name and is_timm_model(timm_name):
-        return _TIMM
-    names = {known.removeprefix("timm/"): known for known in [*timm_names(), *NETWORKS]}
+    if name != timm_name and timm_models.is_timm_model(timm_name):
+        return Network(timm_models.build_timm, _TIMM_SETTINGS)
+    names = {known.removeprefix("timm/"): known for known in [*timm_models.timm_names(), *NETWORKS]}
     nearest = [names[match] for match in difflib.get_close_matches(timm_name.split(".")[0], names)]
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
-    raise ValueError(
+    raise UserError(
         f"--model.name={name} is unknown: {hint}Networks of ours: {', '.join(NETWORKS)}; all others: timm/<name>"
     )
-
-
-def _refuse_unused_settings(config: ModelConfig, network: Network) -> None:
-    for setting in fields(config):
-        allowed = setting.name in network.settings or setting.name in _ALWAYS
-        if not allowed and getattr(config, setting.name) != setting.default:
-            raise ValueError(
-                f"--model.{setting.name} has no meaning for --model.name={config.name}: remove it "
-                f"(this network takes {', '.join(sorted(network.settings))})"
-            )
 
 
 def build_network(config: Config, data: Data, device: torch.device, *, resumes: bool) -> nn.Module:
     """The network for this data, in `runtime.dtype` and channels_last memory; the caller seeds torch first.
 
     Published weights, or those of `model.checkpoint`, are not fetched if the run `resumes`: a checkpoint will replace
-    them. Raises ValueError if the network cannot take the images or the weights are another network's.
+    them. Raises UserError if the network cannot take the images or the weights are another network's.
     """
     model_config = replace(config.model, pretrained=False) if resumes else config.model
     model = build_model(model_config, data.image_shape, data.num_classes)
@@ -106,7 +103,7 @@ def build_network(config: Config, data: Data, device: torch.device, *, resumes: 
 
 
 def convert_to_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Batch statistics over all processes, not the microbatch; raises ValueError on a CPU: it has no such layer."""
+    """Batch statistics over all processes, not the microbatch; raises UserError on a CPU: it has no such layer."""
     if device.type != "cuda":
-        raise ValueError(f"--runtime.sync_batchnorm=true needs GPUs, and this run is on {device.type}: leave it out")
+        raise UserError(f"--runtime.sync_batchnorm=true needs GPUs, and this run is on {device.type}: leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lockstep.errors import UserError
 from lockstep.settings.config import ModelConfig
 
 ImageShape = tuple[int, int, int]
@@ -164,7 +165,7 @@ class Block(NamedTuple):
 def _features(
     config: ModelConfig, image_shape: ImageShape, blocks: list[Block], batch_norm: bool = False
 ) -> tuple[nn.Sequential, int]:
-    """The blocks one after the other, and how many numbers they make of an image; ValueError if none."""
+    """The blocks one after the other, and how many numbers they make of an image; UserError if none."""
     channels, height, width = image_shape
     sizes = [height, width]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -174,7 +175,7 @@ def _features(
             least = 1
             for earlier in reversed(blocks):
                 least = earlier.least_input_size(least)
-            raise ValueError(
+            raise UserError(
                 f"{config.name} cannot take {height}x{width} images: 3x3 convolutions and pooling leave 0 pixels "
                 f"after block {number}; it needs at least {least}x{least} (see --augment.image_size)"
             )

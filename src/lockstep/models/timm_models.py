@@ -2,9 +2,14 @@
 
 from typing import Any
 
+import timm
 import torch
-import torch.nn as nn
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from timm.models import ResNet
+from torch import nn
 
+from lockstep.errors import UserError
 from lockstep.settings.config import ModelConfig
 
 LARGEST_CIFAR_STEM_PIXELS = 64
@@ -13,15 +18,11 @@ LARGEST_CIFAR_STEM_PIXELS = 64
 
 def is_timm_model(name: str) -> bool:
     """Whether timm itself defines this network: `resnet18`, `resnet18.a1_in1k`; never `hf-hub:...` or a folder."""
-    import timm
-
     return timm.is_model(name)
 
 
 def timm_names() -> list[str]:
     """Every network of timm, with our prefix `timm/`, without the names of published weights."""
-    import timm
-
     return [f"timm/{name}" for name in timm.list_models()]
 
 
@@ -30,10 +31,8 @@ def build_timm(config: ModelConfig, image_shape: tuple[int, int, int], num_class
 
     A ResNet for small images gets the stem of the CIFAR experiments in arXiv:1512.03385: a 3x3 convolution of stride
     1 and no pooling; with `pretrained` that one convolution still starts from random weights.
-    Raises ValueError for settings or image sizes that the network does not take, and for weights out of reach.
+    Raises UserError for settings or image sizes that the network does not take, and for weights out of reach.
     """
-    import timm
-
     name = config.name.removeprefix("timm/")
     channels, height, width = image_shape
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
@@ -48,7 +47,7 @@ def build_timm(config: ModelConfig, image_shape: tuple[int, int, int], num_class
         _set_stem(model, config, image_shape)
         _check_forward(model, image_shape, num_classes)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(_explain(error, config, image_shape)) from error
+        raise UserError(_explain(error, config, image_shape)) from error
     return model
 
 
@@ -70,24 +69,18 @@ def _explain(error: Exception, config: ModelConfig, image_shape: tuple[int, int,
 
 
 def _weights_config(name: str) -> Any:
-    import timm
-
     return timm.get_pretrained_cfg(name)
 
 
 def _published_weights(name: str) -> str:
-    import timm
-
     return ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none for this network"
 
 
 def _set_stem(model: Any, config: ModelConfig, image_shape: tuple[int, int, int]) -> None:
-    from timm.models import ResNet
-
     is_resnet = isinstance(model, ResNet)
     if not is_resnet:
         if config.stem != "auto":
-            raise ValueError(f"--model.stem={config.stem} works with timm's ResNets only, not with {config.name}")
+            raise UserError(f"--model.stem={config.stem} works with timm's ResNets only, not with {config.name}")
         return
     channels, height, width = image_shape
     small = max(height, width) <= LARGEST_CIFAR_STEM_PIXELS
@@ -110,12 +103,9 @@ def _check_forward(model: nn.Module, image_shape: tuple[int, int, int], num_clas
 
 def _safe_weights(name: str) -> str:
     """Path of the published weights: from the hub's cache, else from the hub; safetensors only, nothing pickled."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     repository = _weights_config(name).hf_hub_id
     if not repository:
-        raise ValueError(
+        raise UserError(
             f"--model.pretrained=true: timm publishes no weights for {name}; it has {_published_weights(name)}"
         )
     file = "model.safetensors"
@@ -127,7 +117,7 @@ def _safe_weights(name: str) -> str:
         return hf_hub_download(repository, file)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         folder = "models--" + repository.replace("/", "--")
-        raise ValueError(
+        raise UserError(
             f"--model.pretrained=true: {repository}/{file} is neither in {constants.HF_HUB_CACHE} nor within reach "
             f"({type(error).__name__}); run `hf download {repository} {file}` on a machine with network and copy the "
             f"cache folder {folder} here"

@@ -6,10 +6,11 @@ figure.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lockstep.files import written_aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,13 +230,8 @@ def _shorten(text: str, most: int) -> str:
 
 
 def _save(figure: "Figure", path: Path) -> "Figure":
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", dpi=_DPI)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
     return figure
 
 

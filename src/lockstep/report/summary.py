@@ -6,15 +6,21 @@ from typing import NoReturn
 
 import numpy as np
 
-from lockstep.data.images import SKIPPED_LABEL, Data, ImageSet
+from lockstep.data.images import SKIPPED_LABEL, Data
 from lockstep.data.sampler import Sampler
-from lockstep.evaluation.evaluate import Metrics
+from lockstep.errors import UserError
+from lockstep.evaluation.metrics import Predictions
+from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import Preemption
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
+from lockstep.report.predictions import class_names, pixels
+from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
-from lockstep.run.tracker import Tracker, build_tracker, describe_environment, read_history, write_json
-from lockstep.training.progress import Calendar, Progress
+from lockstep.run.history import read_history
+from lockstep.run.tracker import Tracker, build_tracker
+from lockstep.training.calendar import Calendar
+from lockstep.training.progress import Progress
 
 _GALLERY = 25
 
@@ -33,7 +39,7 @@ def open_tracker(run: Run, launch: Launch, sampler: Sampler, progress: Progress,
 
 def report_pause(run: Run, tracker: Tracker, progress: Progress, preemption: Preemption) -> int:
     """Close a run that was asked to stop; returns the exit code."""
-    summary = {"state": "preempted", "steps": progress.step, "restarts": progress.restarts}
+    summary = {"state": "preempted", "steps": progress.step, **_times(progress)}
     if tracker.is_main:
         run.write_summary(**summary)
     tracker.say(f"stopped after step {progress.step} ({preemption.reason}), saved; the same command continues")
@@ -41,7 +47,15 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, preemption: Pre
     return preemption.leave(progress.step)
 
 
-class Diverged(ValueError):
+def _times(progress: Progress) -> dict[str, float]:
+    return {
+        "train_seconds": progress.train_seconds,
+        "wall_seconds": progress.wall_seconds,
+        "restarts": progress.restarts,
+    }
+
+
+class Diverged(UserError):
     """Too many bad steps in a row."""
 
 
@@ -51,117 +65,70 @@ def report_divergence(run: Run, tracker: Tracker, progress: Progress, sampler: S
     if tracker.is_main:
         batch = sampler.microbatches(range(step, step + 1), range(sampler.microbatches_per_step))
         write_json(place, {"step": progress.step, "samples": [microbatch.samples for microbatch in batch]})
-    tracker.finish({"state": "running", "bad_steps": progress.bad[2]}, exit_code=1)
+    bad = progress.bad_steps
+    tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
     raise Diverged(
-        f"{run.path} diverged: steps {step + 2 - progress.bad[1]} to {progress.step} had no finite loss or gradient "
+        f"{run.path} diverged: steps {step + 2 - bad.in_a_row} to {progress.step} had no finite loss or gradient "
         f"(samples of the last one: {place}); try a lower --optim.lr, --schedule.warmup_epochs or --optim.clip_norm"
     )
 
 
 def report_training(
-    run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, metrics: Metrics, data: Data
+    run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, predictions: Predictions, data: Data
 ) -> None:
-    """Summary, figures and closing line of a finished training; `metrics`: the best checkpoint on the test set."""
+    """Summary, figures and closing line of a finished training; `predictions`: the best checkpoint on the test set."""
     if not tracker.is_main:
         return
     images = progress.step * calendar.batch_size
     summary = {
         "state": "finished",
-        "test_accuracy": metrics.accuracy,
-        "test_loss": metrics.loss,
-        "best_val_accuracy": progress.best_accuracy if progress.val_losses else None,
+        "test_accuracy": predictions.accuracy,
+        "test_loss": predictions.loss,
+        "best_val_accuracy": progress.best_accuracy if progress.validations else None,
         "best_step": progress.best_step or progress.step,
         "steps": progress.step,
         "epochs": calendar.epoch_of(progress.step),
         "images_per_second": images / max(progress.train_seconds, 1e-9),
-        "train_seconds": progress.train_seconds,
-        "wall_seconds": progress.wall_seconds,
         "skipped_images": sum(
             int((part.labels == SKIPPED_LABEL).sum()) for part in (data.train, data.val, data.test) if part
         ),
-        "bad_steps": progress.bad[2],
-        "restarts": progress.restarts,
+        "bad_steps": progress.bad_steps.total,
+        **_times(progress),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if run.config.log.figures:
-        for name, path in draw_figures(run, metrics, data).items():
+        for name, path in draw_figures(run, predictions, data).items():
             tracker.figure(name, path)
     run.write_summary(**summary)
     tracker.say(
-        f"test accuracy {metrics.accuracy:.2%}, loss {metrics.loss:.4f} (best: step {summary['best_step']}), "
+        f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']}), "
         f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
     )
     tracker.finish(summary)
 
 
-def draw_figures(run: Run, metrics: Metrics, data: Data) -> dict[str, Path]:
+def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Path]:
     """Draw curves, confusion matrix and sample galleries into the run folder."""
     folder = run.path / "figures"
     paths = {name: folder / f"{name}.png" for name in ("curves", "confusion_matrix", "samples", "mistakes")}
     names = class_names(data)
     plot_curves(read_history(run.path), paths["curves"])
-    draw_confusion(run.path, "test", metrics, data)
+    draw_confusion(run.path, "test", predictions, data)
     first = np.arange(min(_GALLERY, len(data.train)))
     labels = data.train.labels[: len(first)].tolist()
     plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], paths["samples"])
-    wrong = np.flatnonzero(metrics.predictions != metrics.labels)
-    worst = wrong[np.argsort(-metrics.losses[wrong], kind="stable")][:_GALLERY]
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    worst = wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:_GALLERY]
     if not len(worst):
         del paths["mistakes"]
         return paths
-    titles = [f"{names[metrics.labels[i]]}, taken for {names[metrics.predictions[i]]}" for i in worst]
-    plot_samples(pixels(data.test, metrics.samples[worst]), titles, paths["mistakes"])
+    titles = [f"{names[predictions.labels[i]]}, taken for {names[predictions.predicted[i]]}" for i in worst]
+    plot_samples(pixels(data.test, predictions.samples[worst]), titles, paths["mistakes"])
     return paths
 
 
-def class_names(data: Data) -> list[str]:
-    """Names of all outputs of the network, also of those that the data set does not show."""
-    return [*data.classes, *(str(i) for i in range(len(data.classes), data.num_classes))]
-
-
-def pixels(images: ImageSet, indices: np.ndarray) -> np.ndarray:
-    """Images as the network sees them before augmentation, uint8 (N, H, W, C); black where one was skipped."""
-    channels, height, width = images.shape
-    blank = np.zeros((height, width, channels), np.uint8)
-    loaded = (images.load(int(index)) for index in indices)
-    return np.stack([blank if image is None else image.numpy() for image in loaded])
-
-
-def draw_confusion(folder: Path, split: str, metrics: Metrics, data: Data) -> Path:
+def draw_confusion(folder: Path, split: str, predictions: Predictions, data: Data) -> Path:
     """Draw the confusion matrix of a split; returns the picture's path."""
     path = folder / "figures" / ("confusion_matrix.png" if split == "test" else f"confusion_matrix_{split}.png")
-    plot_confusion_matrix(metrics.confusion, class_names(data), path)
-    return path
-
-
-def class_table(metrics: Metrics, data: Data) -> str:
-    """Precision, recall, F1 and number of samples of every class, and their means, as text."""
-    names = class_names(data)
-    width = max(len("macro mean"), *map(len, names))
-    scores = metrics.per_class()
-    lines = [f"{'class':<{width}}  precision  recall      f1  samples"]
-    for name, precision, recall, f1, support in zip(names, *scores.values(), strict=True):
-        lines.append(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
-    precision, recall, f1 = (float(scores[key].mean()) for key in ("precision", "recall", "f1"))
-    lines.append(f"{'macro mean':<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {len(metrics.samples):7d}")
-    return "\n".join(lines)
-
-
-def write_predictions(folder: Path, split: str, metrics: Metrics, images: ImageSet, data: Data) -> Path:
-    """One row per sample: row in the source's split, label, prediction, confidence, loss; returns the file's path."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = np.array(class_names(data))
-    table = pa.table(
-        {
-            "sample": images.rows[metrics.samples].numpy(),
-            "label": names[metrics.labels],
-            "prediction": names[metrics.predictions],
-            "confidence": metrics.confidences,
-            "loss": metrics.losses,
-        }
-    )
-    path = folder / f"predictions_{split}.parquet"
-    pq.write_table(table, path)
+    plot_confusion_matrix(predictions.confusion, class_names(data), path)
     return path

@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lockstep.files import MANIFEST, checksum, flush, manifest_problem
+from lockstep.errors import UserError
+from lockstep.files import flush, manifest_problem, write_manifest
+from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import is_sharded, part_of, whole
 from lockstep.models.weights import load_weights, put_weights
 from lockstep.run.folder import Run
-from lockstep.settings.cli import config_to_yaml
 from lockstep.settings.config import CheckpointConfig
+from lockstep.settings.yaml import config_to_yaml
 from lockstep.training.ema import ExponentialAverage
 from lockstep.training.progress import Progress
 
@@ -58,33 +61,34 @@ class Checkpointer:
     def __init__(
         self,
         run: Run,
+        launch: Launch,
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         average: ExponentialAverage | None,
     ) -> None:
         """`model` is the bare network, `optimizer` the prepared one."""
-        self._run, self._accelerator = run, accelerator
+        self._run, self._launch, self._accelerator = run, launch, accelerator
         self._model, self._optimizer, self._average = model, optimizer, average
         # Once: 2.5 ms of Python, during which the loop would wait for the interpreter at every save.
         self._config_yaml = config_to_yaml(run.config)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
-    def restore(self) -> Progress:
-        """Put the newest undamaged checkpoint into the parts; returns its progress, or a new one if there is none."""
-        folder = find_newest(self._run.checkpoints, quiet=not self._accelerator.is_main_process)
+    def restore(self, folder: Path | None) -> Progress:
+        """Put a checkpoint of `find_checkpoint` into the parts; returns its progress, or a new one if there is none."""
         if folder is None:
             return Progress()
-        state = load_checkpoint(folder)
+        state = load_checkpoint(folder, verify=False)
         put_weights(self._model, state.model, str(folder))
         put_optimizer_state(self._optimizer, state.optimizer)
         if self._average is not None:
             self._average.load_state_dict(state.ema)
         if self._accelerator.scaler is not None and state.scaler:
             self._accelerator.scaler.load_state_dict(state.scaler)
-        progress = Progress(**state.progress)
-        if self._accelerator.is_main_process and progress.best_step in (0, progress.step):
+        progress = _as_progress(state.progress, folder)
+        is_best = progress.best_step == progress.step or not (progress.best_step or progress.validations)
+        if self._launch.is_main and is_best:
             point(self._run.checkpoints, "best", folder)  # in case a kill came between the save and this link
         progress.restarts += 1
         return progress
@@ -94,7 +98,8 @@ class Checkpointer:
         self.wait(must_succeed=True)
         self._accelerator.wait_for_everyone()
         best = self._run.checkpoints / "best"
-        put_weights(self._model, load_weights(best), str(best))
+        self._launch.decide(lambda: verify_checkpoint(best))
+        put_weights(self._model, load_weights(best, verify=False), str(best))
 
     def save(self, progress: Progress, *, is_best: bool) -> None:
         """Save the present state as `last`, and as `best` if it is; reports a failed earlier save."""
@@ -108,12 +113,12 @@ class Checkpointer:
         self._pending = self._thread.submit(self._write, progress.step, state, is_best)
 
     def wait(self, *, must_succeed: bool = False) -> None:
-        """Wait for the save in flight. A failed one is a warning, or a ValueError if none will follow."""
+        """Wait for the save in flight. A failed one is a warning, or a UserError if none will follow."""
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
                 pending.result()
-        except ValueError as problem:
+        except UserError as problem:
             if must_succeed:
                 raise
             _logger.warning("%s; training goes on without this checkpoint", problem)
@@ -134,12 +139,20 @@ class Checkpointer:
         checkpoints = self._run.checkpoints
         for name, weights in state.model.items():
             if not weights.isfinite().all():
-                raise ValueError(f"cannot save a checkpoint of step {step}: {name} is not finite")
+                raise UserError(f"cannot save a checkpoint of step {step}: {name} is not finite")
         folder = save_checkpoint(checkpoints, step, state, self._config_yaml)
         with _explained(checkpoints):
             if is_best:
                 point(checkpoints, "best", folder)
             prune(checkpoints, self._run.config.checkpoint)
+
+
+def _as_progress(values: dict[str, Any], folder: Path) -> Progress:
+    try:
+        return Progress.from_dict(values)
+    except (KeyError, TypeError, ValueError) as problem:
+        line = f"checkpoint {folder} cannot be used: its progress.json is another version's ({problem!r})"
+        raise UserError(line) from problem
 
 
 def _on_host(value: Any) -> Any:
@@ -159,7 +172,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def save_checkpoint(checkpoints: Path, step: int, state: State, config_yaml: str) -> Path:
     """Write the state of a step and point `last` at it; returns its folder.
 
-    Raises ValueError, in one line, if the disk is full or cannot be written; nothing half written remains.
+    Raises UserError, in one line, if the disk is full or cannot be written; nothing half written remains.
     """
     final = folder_of(checkpoints, step)
     aside = checkpoints / f".tmp_{final.name}"
@@ -184,7 +197,7 @@ def _explained(checkpoints: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         reason = "the disk is full" if problem.errno == errno.ENOSPC else str(problem)
-        raise ValueError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
+        raise UserError(f"cannot save a checkpoint in {checkpoints}: {reason}") from problem
 
 
 def _write_files(folder: Path, state: State, config_yaml: str) -> None:
@@ -197,18 +210,10 @@ def _write_files(folder: Path, state: State, config_yaml: str) -> None:
     (folder / "optimizer.pt").write_bytes(rest.getbuffer())
     (folder / "progress.json").write_text(json.dumps(state.progress, indent=1))
     (folder / "config.yaml").write_text(config_yaml)
-    manifest = {}
-    for path in sorted(folder.iterdir()):
-        flush(path)
-        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    flush(folder / MANIFEST)
-    flush(folder)
+    write_manifest(folder)
 
 
 def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
-    from safetensors.torch import save
-
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
@@ -230,30 +235,37 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in checkpoints.glob("step_" + "[0-9]" * 8) if path.is_dir())
 
 
-def find_newest(checkpoints: Path, *, quiet: bool = False) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are reported, if not `quiet`, and left where they are."""
+def find_checkpoint(run: Run, launch: Launch) -> Path | None:
+    """The checkpoint from which training goes on, if there is one: the main process finds it, and tells the others."""
+    return launch.decide(lambda: find_newest(run.checkpoints))
+
+
+def find_newest(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are reported, and left where they are."""
     for step in reversed(saved_steps(checkpoints)):
         folder = folder_of(checkpoints, step)
         problem = problem_with(folder)
         if problem is None:
             return folder
-        if not quiet:
-            _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
+        _logger.warning("checkpoint %s is damaged (%s): using the one before it", folder, problem)
     return None
 
 
-def load_checkpoint(folder: Path) -> State:
-    """Read a checkpoint onto the CPU; raises ValueError naming it if it is missing or damaged."""
-    from safetensors.torch import load_file
+def verify_checkpoint(folder: Path) -> None:
+    """Raise UserError if a checkpoint is missing or damaged, naming it and what is wrong."""
+    if problem := problem_with(folder):
+        raise UserError(f"checkpoint {folder} cannot be used: {problem}")
 
-    problem = problem_with(folder)
-    if problem:
-        raise ValueError(f"checkpoint {folder} cannot be used: {problem}")
+
+def load_checkpoint(folder: Path, *, verify: bool = True) -> State:
+    """Read a checkpoint onto the CPU; raises UserError naming it if it is missing or damaged."""
+    if verify:
+        verify_checkpoint(folder)
     ema = folder / "ema.safetensors"
     try:
         rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as refusal:
-        raise ValueError(f"checkpoint {folder} cannot be used: optimizer.pt holds more than tensors") from refusal
+        raise UserError(f"checkpoint {folder} cannot be used: optimizer.pt holds more than tensors") from refusal
     return State(
         model=load_file(folder / "model.safetensors"),
         optimizer=rest["optimizer"],

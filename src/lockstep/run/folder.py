@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
+from lockstep.errors import UserError
+from lockstep.files import remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
-from lockstep.run.tracker import replace_file, write_json
-from lockstep.settings.cli import config_to_yaml, load_config
 from lockstep.settings.config import Config, changed_settings
+from lockstep.settings.yaml import config_to_yaml, load_config
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Run:
 
     def create(self, micro_batch_size: int) -> None:
         """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
+        remove_unfinished(self.path)
         replace_file(self.path / "config.yaml", config_to_yaml(self.config).encode())
         self.write_summary(state="running", micro_batch_size=micro_batch_size)
 
@@ -78,19 +78,10 @@ class Run:
 def open_run(config: Config, launch: Launch) -> Run:
     """The run that these settings name. Looks only, writes nothing.
 
-    Raises ValueError, on every process alike, if the folder belongs to other settings (with the changed keys), or if
+    Raises UserError, on every process alike, if the folder belongs to other settings (with the changed keys), or if
     `run.resume` forbids what is found. The main process looks; the others are told.
     """
-    outcome: list[Any] = [None]
-    if launch.is_main:
-        try:
-            outcome = [_look(config)]
-        except ValueError as refusal:
-            outcome = [str(refusal)]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], str):
-        raise ValueError(outcome[0])
-    return outcome[0]
+    return launch.decide(lambda: _look(config))
 
 
 def _look(config: Config) -> Run:
@@ -98,9 +89,9 @@ def _look(config: Config) -> Run:
     path = Path(config.run.root) / config.run.name
     exists = (path / "config.yaml").is_file()
     if config.run.resume == "must" and not exists:
-        raise ValueError(f"--run.resume=must, but there is no run in {path}")
+        raise UserError(f"--run.resume=must, but there is no run in {path}")
     if config.run.resume == "never" and exists:
-        raise ValueError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
+        raise UserError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
     if exists:
         _require_same_settings(path, config)
     return Run(path, config, _read_summary(path))
@@ -108,7 +99,7 @@ def _look(config: Config) -> Run:
 
 def _require_same_settings(path: Path, config: Config) -> None:
     if changes := changed_settings(load_config(path / "config.yaml"), config):
-        raise ValueError(
+        raise UserError(
             f"{path} holds a run with other settings ({'; '.join(changes)}): choose another --run.name, "
             "leave --run.name out to get one, or remove the folder"
         )

@@ -1,18 +1,39 @@
 """Every setting: one frozen dataclass per section, one default each.
 
-Nothing here knows the command line, torch or the file system. A contradiction between settings is refused in
-`__post_init__`, naming the flags, before anything is built. The text under a field is what `--help` shows.
+Nothing here knows the command line, torch or the file system. Values of another type than a field's hint, and
+contradictions between settings, are refused when a section is made, naming the flags. The text under a field is what
+`--help` shows. Names of networks, optimizers and the like are not listed here: their registries know them.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from lockstep.errors import UserError
+from lockstep.settings.types import checked
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """What sections share: every value is of its field's type."""
+
+    _name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for setting in fields(self):
+            value = checked(f"{self._name}.{setting.name}", getattr(self, setting.name), hints[setting.name])
+            object.__setattr__(self, setting.name, value)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Raise UserError where values of this section do not go together."""
 
 
 def _require_fraction(flag: str, value: float, *, one_allowed: bool = True) -> None:
@@ -21,8 +42,10 @@ def _require_fraction(flag: str, value: float, *, one_allowed: bool = True) -> N
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Section):
     """What the run is called, where it lives and how it starts."""
+
+    _name = "run"
 
     name: str | None = None
     """Folder under run.root; default: the recipe's name and six hex digits of the settings that shape the result"""
@@ -41,7 +64,7 @@ class RunConfig:
     group: str | None = None
     """W&B group, for example a sweep's name"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         _require(self.seed >= 0, f"--run.seed={self.seed} must not be negative")
         _require(self.max_hours is None or self.max_hours > 0, f"--run.max_hours={self.max_hours} must be positive")
         if self.name is not None:
@@ -50,8 +73,10 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Which images, and how they reach the network."""
+
+    _name = "data"
 
     source: str = "embedded:digits"
     """embedded:digits, torchvision:<Name>, hf:<hub name or folder>, folder:<path> or synthetic:HxWxCxN"""
@@ -74,7 +99,7 @@ class DataConfig:
     repeats: int = 1
     """Repeated augmentation: each chosen sample appears this many times in its global batch"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         _require_fraction("data.val_fraction", self.val_fraction, one_allowed=False)
         _require(self.workers >= -1, f"--data.workers={self.workers} must be -1 (choose for me), 0 or more")
         _require(self.memory_budget >= 0, f"--data.memory_budget={self.memory_budget} must not be negative")
@@ -84,8 +109,10 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(_Section):
     """What happens to training images; evaluation only resizes, crops and normalises."""
+
+    _name = "augment"
 
     image_size: int | None = None
     """Height and width the network sees; default: the data set's own"""
@@ -128,7 +155,7 @@ class AugmentConfig:
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation, as for mean"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         for name in ("resized_crop", "grayscale", "blur", "erasing"):
             _require_fraction(f"augment.{name}", getattr(self, name))
         for name in ("translate", "zoom", "perspective"):
@@ -151,8 +178,10 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """Which network."""
+
+    _name = "model"
 
     name: str = "fashion_cnn"
     """mlp, mlp_dropout, tiny_cnn, simple_cnn, fashion_cnn, cifar10_cnn, vgg_small, resnet_basic or timm/<name>"""
@@ -179,7 +208,7 @@ class ModelConfig:
     summary: bool = False
     """Print the layer table, parameters and FLOPs"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         if self.dropout is not None:
             _require_fraction("model.dropout", self.dropout, one_allowed=False)
         _require_fraction("model.drop_path", self.drop_path, one_allowed=False)
@@ -193,11 +222,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """How gradients become updates."""
 
-    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"] = "adamw"
-    """Optimizer, with torch's own defaults for what is not set here"""
+    _name = "optim"
+
+    name: str = "adamw"
+    """Optimizer (sgd, adamw, ...), with torch's own defaults for what is not set here"""
     lr: float = 1e-3
     """Highest learning rate"""
     weight_decay: float = 0.0
@@ -213,56 +244,26 @@ class OptimConfig:
     clip_norm: float | None = None
     """Largest gradient norm of a step; default: no clipping"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         _require(self.lr > 0, f"--optim.lr={self.lr} must be positive")
         for name in ("weight_decay", "l1"):
             _require(getattr(self, name) >= 0, f"--optim.{name}={getattr(self, name)} must not be negative")
         _require_fraction("optim.momentum", self.momentum, one_allowed=False)
-        _require(
-            self.momentum == 0 or self.name in ("sgd", "rmsprop"),
-            f"--optim.momentum={self.momentum} has no meaning for --optim.name={self.name}: remove it",
-        )
-        _require(
-            not self.nesterov or (self.name == "sgd" and self.momentum > 0),
-            "--optim.nesterov=true needs --optim.name=sgd and --optim.momentum above 0",
-        )
+        _require(not self.nesterov or self.momentum > 0, "--optim.nesterov=true needs --optim.momentum above 0")
         _require(
             self.clip_norm is None or self.clip_norm > 0,
             f"--optim.clip_norm={self.clip_norm} must be positive (leave it out for no clipping)",
         )
 
 
-SCHEDULES = (
-    "constant",
-    "step",
-    "multistep",
-    "exponential",
-    "cosine",
-    "plateau",
-    "cosine_restarts",
-    "cyclic",
-    "onecycle",
-    "polynomial",
-)
-
-
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(_Section):
     """The learning rate as a function of the step."""
 
-    name: Literal[
-        "constant",
-        "step",
-        "multistep",
-        "exponential",
-        "cosine",
-        "plateau",
-        "cosine_restarts",
-        "cyclic",
-        "onecycle",
-        "polynomial",
-    ] = "constant"
-    """Shape; combine with warmup_epochs for a linear warm-up"""
+    _name = "schedule"
+
+    name: str = "constant"
+    """Shape (constant, step, cosine, plateau, onecycle, ...); combine with warmup_epochs for a linear warm-up"""
     warmup_epochs: float = 0.0
     """Linear warm-up from 1 % of the learning rate"""
     min_lr: float = 0.0
@@ -280,7 +281,7 @@ class ScheduleConfig:
     peak: float = 0.3
     """Share of training at which onecycle reaches the highest learning rate"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         for name in ("warmup_epochs", "min_lr", "patience"):
             _require(getattr(self, name) >= 0, f"--schedule.{name}={getattr(self, name)} must not be negative")
         for name in ("period_epochs", "gamma", "power"):
@@ -297,8 +298,10 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """How much training, in which portions."""
+
+    _name = "train"
 
     batch_size: int = 64
     """Samples of one step over all processes: the global batch"""
@@ -308,43 +311,45 @@ class TrainConfig:
     """Passes over the training set"""
     max_steps: int | None = None
     """Stop after this many steps even if epochs remain; the schedule stays that of all epochs"""
-    loss: Literal["cross_entropy", "nll"] = "cross_entropy"
-    """nll is cross-entropy spelled as log-softmax and negative log-likelihood"""
+    loss: str = "cross_entropy"
+    """cross_entropy or nll, which is cross-entropy spelled as log-softmax and negative log-likelihood"""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes"""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
+    validate_every_epochs: int = 1
+    """Validate every this many epochs, and at the end; the best of these weights are the result"""
+    best_from_epoch: int = 1
+    """Weights of earlier epochs do not compete for the best: a small validation set may favour them by chance"""
     early_stop_epochs: int | None = None
-    """Stop after this many epochs without better validation accuracy; default: never"""
+    """Stop at a validation that comes this many epochs after the last better one; default: never"""
     max_bad_steps: int = 20
     """Steps without a finite gradient are skipped; after this many in a row, back to the last checkpoint, once"""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "max_bad_steps"):
+    def _refuse_contradictions(self) -> None:
+        for name in ("batch_size", "epochs", "validate_every_epochs", "best_from_epoch", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"--train.{name}={getattr(self, name)} must be at least 1")
         for name in ("micro_batch_size", "max_steps", "early_stop_epochs"):
             value = getattr(self, name)
             _require(value in (None, "auto") or value >= 1, f"--train.{name}={value} must be at least 1")
         _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
-        _require(
-            self.loss == "cross_entropy" or self.label_smoothing == 0,
-            "--train.label_smoothing works with --train.loss=cross_entropy only",
-        )
         if self.ema_decay is not None:
             _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
         micro = self.micro_batch_size
         if isinstance(micro, int) and self.batch_size % micro:
             below = self.batch_size - self.batch_size % micro
             nearest = [str(size) for size in (below, below + micro) if size > 0]
-            raise ValueError(
+            raise UserError(
                 f"--train.batch_size={self.batch_size} is not a multiple of "
                 f"--train.micro_batch_size={micro}: the nearest that is: {' or '.join(nearest)}"
             )
 
 
 @dataclass(frozen=True)
-class RuntimeConfig:
+class RuntimeConfig(_Section):
     """How the hardware is used. Only precision, dtype, sync_batchnorm and compress_gradients change what is learned."""
+
+    _name = "runtime"
 
     precision: Literal["launch", "auto", "no", "bf16", "fp16"] = "launch"
     """launch: what accelerate launch was told; auto: the fastest that this device does well; or set outright"""
@@ -369,7 +374,7 @@ class RuntimeConfig:
     profile: bool = False
     """Write a torch profiler trace of steps 10 to 15 to the run folder"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
         seconds = self.rendezvous_seconds
         _require(seconds >= 1, f"--runtime.rendezvous_seconds={seconds} must be at least 1")
@@ -380,27 +385,31 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Section):
     """When the state is saved, and how much of it is kept."""
+
+    _name = "checkpoint"
 
     every_steps: int | None = None
     """Save every this many steps; default: at the ends of epochs only"""
     every_epochs: int = 1
-    """Save (and validate) every this many epochs"""
+    """Save at the end of every this many epochs, beside the best and the last"""
     keep_last: int = 2
     """Newest checkpoints to keep beside the best one"""
     keep_every_steps: int | None = None
     """Also keep, for good, the checkpoints of steps that this divides; default: none"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         for name in ("every_steps", "every_epochs", "keep_last", "keep_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--checkpoint.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(_Section):
     """What is written down while training."""
+
+    _name = "log"
 
     every_steps: int = 50
     """Read loss and accuracy from the device, and log them, every this many steps"""
@@ -415,7 +424,7 @@ class LogConfig:
     figures: bool = True
     """Draw the run's pictures: curves, confusion matrix, samples"""
 
-    def __post_init__(self) -> None:
+    def _refuse_contradictions(self) -> None:
         _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")
         _require(
             self.histogram_every_steps is None or self.histogram_every_steps >= 1,
@@ -457,6 +466,9 @@ class Config:
         )
 
 
+_MEANING = 2
+"""Raised when a default, or what a setting means, changes: a name must not stand for two trainings"""
+
 # Settings that leave the learned weights as they are, or only say how long and how well watched the run is.
 _SHAPELESS = {
     "run": {"name", "root", "resume", "max_hours", "notes", "tags", "group"},
@@ -464,7 +476,7 @@ _SHAPELESS = {
     "model": {"summary"},
     "train": {"max_bad_steps"},
     "runtime": {"compile", "threads", "profile", "fsdp", "bucket_view", "static_graph", "rendezvous_seconds"},
-    "checkpoint": {"every_steps", "keep_last", "keep_every_steps"},
+    "checkpoint": {"every_steps", "every_epochs", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }
 
@@ -486,6 +498,11 @@ def changed_settings(before: Config, now: Config) -> list[str]:
 
 
 def settings_digest(config: Config) -> str:
-    """Six hex digits of the settings that shape the result."""
-    text = json.dumps(shaping_settings(config), sort_keys=True)
+    """Six hex digits of the settings that shape the result and differ from their defaults.
+
+    A new setting leaves the digests of all runs that do not use it as they are.
+    """
+    default = shaping_settings(Config())
+    differing = {key: value for key, value in shaping_settings(config).items() if value != default[key]}
+    text = json.dumps([_MEANING, differing], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lockstep.errors import UserError
+
 
 class RunningStatistics:
     """Owner of the running means and variances of a network while it trains.
@@ -27,7 +29,7 @@ class RunningStatistics:
             if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
                 continue
             if layer.momentum is None:
-                raise ValueError(f"batch norm {name} averages over all steps (momentum None): give it a momentum")
+                raise UserError(f"batch norm {name} averages over all steps (momentum None): give it a momentum")
             assert layer.running_mean is not None and layer.running_var is not None
             self._buffers += [layer.running_mean, layer.running_var]
             self._momenta += [layer.momentum] * 2

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lockstep.errors import UserError
 from lockstep.launch.sharding import local, part_of
 from lockstep.settings.config import TrainConfig
 
@@ -71,12 +72,12 @@ class ExponentialAverage:
         return {name: average.contiguous() for name, average in self._averages.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replaces the averages. Raises ValueError, and changes nothing, if names or shapes are not this network's."""
+        """Replaces the averages. Raises UserError, and changes nothing, if names or shapes are not this network's."""
         different = sorted(self._averages.keys() ^ state.keys()) or [
             name for name, average in self._averages.items() if average.shape != state[name].shape
         ]
         if different:
-            raise ValueError(
+            raise UserError(
                 f"the saved averages (--train.ema_decay) belong to another network: {len(different)} entries differ, "
                 f"the first is {different[0]}; resume with the settings they were saved with"
             )

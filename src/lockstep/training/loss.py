@@ -4,38 +4,21 @@ Nothing is averaged here. A mean over a microbatch would weigh the samples of a 
 sums these numbers and divides by the size of the global batch.
 """
 
-import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.settings.config import TrainConfig
+from lockstep.settings.registry import choose
 
 IGNORED = -100
 """The target of a sample that has no say: its loss and its gradient are 0."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def build_loss(config: TrainConfig) -> Loss:
-    """The loss of `config`: logits (B, C) and targets to losses (B,).
-
-    Targets are int64 classes (B,), `IGNORED` among them, or floating shares of each class (B, C) as mixup and cutmix
-    make them: rows sum to 1, a row of zeros is ignored. Losses are computed in float32 at least, in float64 for float64
-    logits. Label smoothing (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567) gives its share of every target to
-    all classes alike. Raises ValueError for an unknown name.
-    """
-    losses: dict[str, Loss] = {
-        "cross_entropy": partial(_cross_entropy, label_smoothing=config.label_smoothing),
-        "nll": _nll,
-    }
-    if config.loss not in losses:
-        nearest = difflib.get_close_matches(config.loss, losses, n=1, cutoff=0)[0]
-        raise ValueError(f"--train.loss={config.loss} is unknown, the nearest is {nearest}: {', '.join(losses)}")
-    return losses[config.loss]
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
@@ -53,6 +36,29 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     if not targets.is_floating_point():
         return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="none")
     return -(targets * log_probabilities).sum(dim=1)
+
+
+class Record(NamedTuple):
+    """A function of logits and targets, and the settings of TrainConfig that are further arguments of its own."""
+
+    compute: Callable[..., Tensor]
+    settings: frozenset[str] = frozenset()
+
+
+LOSSES = {"cross_entropy": Record(_cross_entropy, frozenset({"label_smoothing"})), "nll": Record(_nll)}
+
+
+def build_loss(config: TrainConfig) -> Loss:
+    """The loss of `config`: logits (B, C) and targets to losses (B,).
+
+    Targets are int64 classes (B,), `IGNORED` among them, or floating shares of each class (B, C) as mixup and cutmix
+    make them: rows sum to 1, a row of zeros is ignored. Losses are computed in float32 at least, in float64 for float64
+    logits. Label smoothing (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567) gives its share of every target to
+    all classes alike.
+    Raises UserError for an unknown name or a setting without a meaning for it.
+    """
+    record = choose(LOSSES, "train.loss", config)
+    return partial(record.compute, **{setting: getattr(config, setting) for setting in record.settings})
 
 
 def total(losses: Tensor) -> Tensor:

@@ -3,33 +3,37 @@
 The learning rate is not the optimizer's business: schedule.py computes it and `set_lr` writes it before every step.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from lockstep.errors import UserError
 from lockstep.launch.sharding import is_sharded, whole
 from lockstep.settings.config import OptimConfig
+from lockstep.settings.registry import choose
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-}
 
-# Device types with a fused kernel in every torch we support. Adagrad has one for CUDA too, but only since torch 2.12.
-_FUSED_DEVICES = {
-    "sgd": {"cpu", "cuda"},
-    "adam": {"cpu", "cuda"},
-    "adamw": {"cpu", "cuda"},
-    "adagrad": {"cpu"},
+class Record(NamedTuple):
+    """An optimizer of torch's interface, and what this project must know of it."""
+
+    build: type[torch.optim.Optimizer]
+    settings: frozenset[str] = frozenset()
+    """Settings of OptimConfig that are arguments of its own"""
+    fused_on: frozenset[str] = frozenset()
+    """Device types with a fused kernel in every torch we support"""
+
+
+OPTIMIZERS = {
+    "sgd": Record(torch.optim.SGD, frozenset({"momentum", "nesterov"}), frozenset({"cpu", "cuda"})),
+    "adam": Record(torch.optim.Adam, fused_on=frozenset({"cpu", "cuda"})),
+    "adamw": Record(torch.optim.AdamW, fused_on=frozenset({"cpu", "cuda"})),
+    "rmsprop": Record(torch.optim.RMSprop, frozenset({"momentum"})),
+    "adagrad": Record(torch.optim.Adagrad, fused_on=frozenset({"cpu"})),  # for CUDA since torch 2.12
+    "adadelta": Record(torch.optim.Adadelta),
 }
 
 
@@ -40,22 +44,17 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     Everything that `config` does not set has torch's default. With `decay_all=false` biases and norm parameters (one
     dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187.
     The order within a group is that of `model.parameters()`, so equal models give interchangeable state dicts.
-    Raises ValueError for an unknown name and for a model without trainable parameters.
+    Raises UserError for an unknown name and for a model without trainable parameters.
     """
-    if config.name not in _OPTIMIZERS:
-        nearest = difflib.get_close_matches(config.name, _OPTIMIZERS, n=1, cutoff=0)[0]
-        raise ValueError(f"--optim.name={config.name} is unknown, the nearest is {nearest}: {', '.join(_OPTIMIZERS)}")
+    record = choose(OPTIMIZERS, "optim.name", config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze some before training")
+        raise UserError(f"{type(model).__name__} has no trainable parameter: unfreeze some before training")
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.name in ("sgd", "rmsprop"):
-        options["momentum"] = config.momentum
-    if config.name == "sgd":
-        options["nesterov"] = config.nesterov
-    if _can_fuse(config.name, parameters):
+    options |= {setting: getattr(config, setting) for setting in record.settings}
+    if _can_fuse(record, parameters):
         options["fused"] = True
-    optimizer = _OPTIMIZERS[config.name](_parameter_groups(config, parameters), **options)
+    optimizer = record.build(_parameter_groups(config, parameters), **options)
     if config.name == "sgd" and config.momentum:
         # The first step makes them without filling them, and leaves them so if it is skipped (torch 2.15).
         for parameter in parameters:
@@ -63,11 +62,10 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return optimizer
 
 
-def _can_fuse(name: str, parameters: Sequence[Tensor]) -> bool:
-    devices = _FUSED_DEVICES.get(name, set())
+def _can_fuse(record: Record, parameters: Sequence[Tensor]) -> bool:
     return all(
         # The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
-        p.device.type in devices and p.is_floating_point() and not is_sharded(p)
+        p.device.type in record.fused_on and p.is_floating_point() and not is_sharded(p)
         for p in parameters
     )
 

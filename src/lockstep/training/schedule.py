@@ -3,12 +3,15 @@
 Nothing is stepped and nothing is saved: a resumed run asks for the learning rate of its next step and gets it.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from lockstep.settings.config import SCHEDULES, ScheduleConfig
+from lockstep.errors import UserError
+from lockstep.settings.config import ScheduleConfig
+from lockstep.settings.registry import look_up
+from lockstep.training.progress import Validation
 
 WARMUP_START = 0.01
 """Share of the learning rate at which a warm-up begins."""
@@ -52,18 +55,14 @@ class Schedule:
         """Steps of one period, not rounded: the borders of the periods are, so that errors do not add up."""
         return self.config.period_epochs * self.steps_per_epoch
 
-    def lr_at(self, step: int, val_losses: Sequence[float] = ()) -> float:
+    def lr_at(self, step: int, validations: Sequence[Validation] = ()) -> float:
         """The learning rate of the update that `step` updates precede (the first has `step` 0).
 
-        Only `plateau` reads `val_losses`, the validation losses of completed epochs, oldest first. Those of epochs that
-        end after `step` are left out, so a whole run's losses give any step's learning rate.
+        Only `plateau` reads `validations`, oldest first. Those of epochs that end after `step` are left out, so a whole
+        run's give any step's learning rate.
         """
         assert step >= 0, step
-        if self.config.name == "plateau":
-            lr = _plateau(self, val_losses[: step // self.steps_per_epoch])
-        else:
-            lr = _SHAPES[self.config.name](self, step)
-        return lr * self._warmup(step)
+        return SHAPES[self.config.name].lr(self, step, validations) * self._warmup(step)
 
     def _warmup(self, step: int) -> float:
         if step >= self.warmup_steps:
@@ -74,75 +73,72 @@ class Schedule:
 def build_schedule(config: ScheduleConfig, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:
     """The schedule of `config` for a training of `total_steps` updates with the highest learning rate `lr`.
 
-    Raises ValueError for an unknown name and for settings that contradict each other or the length of the training:
+    Raises UserError for an unknown name and for settings that contradict each other or the length of the training:
     a warm-up that leaves no step, a floor above `lr`, a period too short to have a shape, a plateau that never drops.
     """
     assert lr > 0 and steps_per_epoch > 0 and total_steps > 0, (lr, steps_per_epoch, total_steps)
-    if config.name not in SCHEDULES:
-        nearest = difflib.get_close_matches(config.name, SCHEDULES, n=1, cutoff=0)[0]
-        raise ValueError(f"--schedule.name={config.name} is unknown, the nearest is {nearest}: {', '.join(SCHEDULES)}")
+    shape = look_up(SHAPES, "schedule.name", config.name)
     schedule = Schedule(config, lr, steps_per_epoch, total_steps)
     if schedule.warmup_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f"--schedule.warmup_epochs={config.warmup_epochs} is {schedule.warmup_steps} steps, but the whole training "
             f"has {total_steps}: shorten the warm-up, or raise --train.epochs (or --train.max_steps)"
         )
-    if config.name in _WITH_FLOOR and config.min_lr > lr:
-        raise ValueError(f"--schedule.min_lr={config.min_lr} lies above --optim.lr={lr}: lower one or raise the other")
-    shortest = _SHORTEST_PERIOD_STEPS.get(config.name, 0)
-    if schedule.period_steps < shortest:
-        raise ValueError(
+    if shape.has_floor and config.min_lr > lr:
+        raise UserError(f"--schedule.min_lr={config.min_lr} lies above --optim.lr={lr}: lower one or raise the other")
+    if schedule.period_steps < shape.shortest_period_steps:
+        raise UserError(
             f"--schedule.period_epochs={config.period_epochs} is {schedule.period_steps:.3g} steps "
-            f"({steps_per_epoch} per epoch), but --schedule.name={config.name} needs at least {shortest}: raise it"
+            f"({steps_per_epoch} per epoch), but --schedule.name={config.name} needs at least "
+            f"{shape.shortest_period_steps}: raise it"
         )
     if config.name == "plateau" and config.gamma >= 1:
-        raise ValueError(f"--schedule.gamma={config.gamma} must be below 1 for --schedule.name=plateau")
+        raise UserError(f"--schedule.gamma={config.gamma} must be below 1 for --schedule.name=plateau")
     return schedule
 
 
-_WITH_FLOOR = {"cosine", "cosine_restarts", "cyclic", "onecycle", "polynomial", "plateau"}
-_SHORTEST_PERIOD_STEPS = {"step": 1, "cosine_restarts": 2, "cyclic": 2}
+Validations = Sequence[Validation]
 
 
-def _constant(schedule: Schedule, step: int) -> float:
+def _constant(schedule: Schedule, step: int, validations: Validations) -> float:
     return schedule.lr
 
 
-def _step(schedule: Schedule, step: int) -> float:
+def _step(schedule: Schedule, step: int, validations: Validations) -> float:
     drops, _ = _period_and_phase(step, schedule.period_steps)
     return schedule.lr * schedule.config.gamma**drops
 
 
-def _multistep(schedule: Schedule, step: int) -> float:
+def _multistep(schedule: Schedule, step: int, validations: Validations) -> float:
     borders = [round(milestone * schedule.steps_per_epoch) for milestone in schedule.config.milestones]
     return schedule.lr * schedule.config.gamma ** sum(border <= step for border in borders)
 
 
-def _exponential(schedule: Schedule, step: int) -> float:
+def _exponential(schedule: Schedule, step: int, validations: Validations) -> float:
     return schedule.lr * schedule.config.gamma ** (step // schedule.steps_per_epoch)
 
 
-def _cosine(schedule: Schedule, step: int) -> float:
+def _cosine(schedule: Schedule, step: int, validations: Validations) -> float:
     return _cosine_between(schedule.lr, schedule.config.min_lr, _share_after_warmup(schedule, step))
 
 
-def _cosine_restarts(schedule: Schedule, step: int) -> float:
+def _cosine_restarts(schedule: Schedule, step: int, validations: Validations) -> float:
     _, phase = _period_and_phase(max(0, step - schedule.warmup_steps), schedule.period_steps)
     return _cosine_between(schedule.lr, schedule.config.min_lr, phase)
 
 
-def _polynomial(schedule: Schedule, step: int) -> float:
+def _polynomial(schedule: Schedule, step: int, validations: Validations) -> float:
     floor = schedule.config.min_lr
     return floor + (schedule.lr - floor) * (1 - _share_after_warmup(schedule, step)) ** schedule.config.power
 
 
-def _cyclic(schedule: Schedule, step: int) -> float:
+def _cyclic(schedule: Schedule, step: int, validations: Validations) -> float:
     _, phase = _period_and_phase(step, schedule.period_steps)
     height = 1 - abs(1 - 2 * phase)
     return schedule.config.min_lr + (schedule.lr - schedule.config.min_lr) * height
 
 
-def _onecycle(schedule: Schedule, step: int) -> float:
+def _onecycle(schedule: Schedule, step: int, validations: Validations) -> float:
     """Two half cosines, up then down (Smith and Topin 2017, https://arxiv.org/abs/1708.07120, in torch's shape)."""
     first = schedule.lr / _ONECYCLE_DIV
     final = max(first / _ONECYCLE_FINAL_DIV, schedule.config.min_lr)
@@ -153,32 +149,42 @@ def _onecycle(schedule: Schedule, step: int) -> float:
     return _cosine_between(schedule.lr, final, (min(step, last_step) - peak_step) / (last_step - peak_step))
 
 
-def _plateau(schedule: Schedule, val_losses: Sequence[float]) -> float:
-    """torch's ReduceLROnPlateau, replayed over all losses so far."""
-    lr, best, bad_epochs = schedule.lr, math.inf, 0
-    for loss in val_losses:
-        if loss < best * (1 - _PLATEAU_THRESHOLD):  # false for a NaN too, which therefore counts as a bad epoch
-            best, bad_epochs = loss, 0
-        else:
-            bad_epochs += 1
-        if bad_epochs > schedule.config.patience:
-            bad_epochs = 0
+def _plateau(schedule: Schedule, step: int, validations: Validations) -> float:
+    """torch's ReduceLROnPlateau, replayed over all validations so far; its patience counts epochs."""
+    lr, best, since = schedule.lr, math.inf, 0
+    for epoch, loss in validations:
+        if epoch * schedule.steps_per_epoch > step:
+            break
+        if loss < best * (1 - _PLATEAU_THRESHOLD):  # false for a NaN too, which therefore is no improvement
+            best, since = loss, epoch
+        elif epoch - since > schedule.config.patience:
+            since = epoch
             lower = max(lr * schedule.config.gamma, schedule.config.min_lr)
             if lr - lower > _PLATEAU_SMALLEST_DROP:
                 lr = lower
     return lr
 
 
-_SHAPES: dict[str, Callable[[Schedule, int], float]] = {
-    "constant": _constant,
-    "step": _step,
-    "multistep": _multistep,
-    "exponential": _exponential,
-    "cosine": _cosine,
-    "cosine_restarts": _cosine_restarts,
-    "cyclic": _cyclic,
-    "onecycle": _onecycle,
-    "polynomial": _polynomial,
+class Shape(NamedTuple):
+    """A learning rate without warm-up, for a schedule, a step and the validations until then; and what it needs."""
+
+    lr: Callable[[Schedule, int, Validations], float]
+    has_floor: bool = False
+    """schedule.min_lr counts"""
+    shortest_period_steps: int = 0
+
+
+SHAPES = {
+    "constant": Shape(_constant),
+    "step": Shape(_step, shortest_period_steps=1),
+    "multistep": Shape(_multistep),
+    "exponential": Shape(_exponential),
+    "cosine": Shape(_cosine, has_floor=True),
+    "plateau": Shape(_plateau, has_floor=True),
+    "cosine_restarts": Shape(_cosine_restarts, has_floor=True, shortest_period_steps=2),
+    "cyclic": Shape(_cyclic, has_floor=True, shortest_period_steps=2),
+    "onecycle": Shape(_onecycle, has_floor=True),
+    "polynomial": Shape(_polynomial, has_floor=True),
 }
 
 

@@ -1,0 +1,84 @@
+"""`folder:<path>`: image files in class folders, `path/[train|val|test/]<class>/**/<image>`."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of
+from lockstep.errors import UserError
+from lockstep.settings.config import DataConfig
+
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Paths as a bytes array: forked workers share it, a list of strings they would copy by counting references."""
+
+    root: Path
+    paths: np.ndarray
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[row]))
+
+    def __call__(self, row: int) -> Image.Image:
+        return Image.open(self.path(row))
+
+
+def open_folder(name: str, config: DataConfig) -> Source:
+    """Open a folder of image files; raises UserError if it or its class folders are not as they should be."""
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data.source={config.source!r}: there is no folder {root.resolve()}")
+    folders = {"train": root}
+    if (root / "train").is_dir():
+        candidates = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
+        folders = {split: root / found for split, names in candidates.items()
+                   if (found := next((name for name in names if (root / name).is_dir()), None))}  # fmt: skip
+    classes = _class_folders(folders["train"])
+    splits, listing = {}, []
+    for split, folder in folders.items():
+        strangers = set(_class_folders(folder)) - set(classes)
+        if strangers:
+            raise UserError(f"{folder / min(strangers)} is a class that {folders['train']} does not have")
+        paths, labels, stamps = _list_images(folder, classes)
+        listing += [split.encode(), *stamps]
+        reader = _Files(folder, np.array(paths, dtype=np.bytes_))
+        splits[split] = Split(split, np.array(labels, dtype=np.int64), reader, reader.path)
+    return Source(config.source, tuple(classes), splits, digest_of(str(root.resolve()).encode(), *listing))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{folder} holds no class folders: images belong in {folder}/<class>/<image>.png")
+    if len(names) == 1:
+        raise UserError(f"{folder} holds only one class, {names[0]}: classification needs two")
+    return names
+
+
+def _list_images(folder: Path, classes: Sequence[str]) -> tuple[list[bytes], list[int], list[bytes]]:
+    """Paths below `folder`, labels, and a stamp (path, size, time of change) per file."""
+    paths: list[bytes] = []
+    labels: list[int] = []
+    stamps: list[bytes] = []
+    for label, name in enumerate(classes):
+        files = sorted(
+            os.path.join(place, file)
+            for place, _, files in os.walk(folder / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(_EXTENSIONS) and not file.startswith(".")
+        )
+        if not files and (folder / name).is_dir():
+            raise UserError(f"{folder / name} holds no images ({' '.join(_EXTENSIONS)}): fill or remove the class")
+        for file in files:
+            path = os.fsencode(os.path.relpath(file, folder))
+            status = os.stat(file) if os.path.exists(file) else None  # a broken link is reported when it is read
+            paths.append(path)
+            labels.append(label)
+            stamps.append(path + (f"|{status.st_size}|{status.st_mtime_ns}".encode() if status else b""))
+    return paths, labels, stamps

@@ -1,0 +1,77 @@
+"""A data set as labelled splits whose images are read one by one."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+VAL_NAMES = ("validation", "valid", "val", "dev")
+"""What others call a validation split"""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images that are read one by one; can be pickled for workers.
+
+    `labels` is int64 (N,). `read(row)` opens an image (lazily: decoding errors come when its pixels are used);
+    `where(row)` names its file or row for messages.
+    """
+
+    name: str
+    labels: np.ndarray
+    read: Callable[[int], Image.Image]
+    where: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray, name: str) -> "Split":
+        """The samples at `rows`, int (M,), as a split of their own."""
+        return Split(name, self.labels[rows], AtRows(self.read, rows), AtRows(self.where, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set: `splits` has "train" and "test", and "val" where the data set brings one.
+
+    `fingerprint` changes when the images do; it is the key of the cache.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class AtRows:
+    """A function of rows, at rows of its own."""
+
+    call: Callable[[int], Any]
+    rows: np.ndarray
+
+    def __call__(self, row: int) -> Any:
+        return self.call(int(self.rows[row]))
+
+
+@dataclass(frozen=True)
+class RowName:
+    """Names a row for messages."""
+
+    source: str
+    split: str
+
+    def __call__(self, row: int) -> str:
+        return f"{self.source}, {self.split} row {row}"
+
+
+def digest_of(*parts: bytes | np.ndarray) -> str:
+    """SHA-256 of some bytes and arrays, in that order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else part)
+        digest.update(b"|")
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""Launches that are not what they seem, refused before anything is built.
+
+A wrong launch does not fail by itself. Measured with accelerate 1.15: `accelerate launch --cpu --num_processes 2`
+starts one process; torchrun without a GPU starts two that each believe to be alone; fp16 on a CPU silently computes in
+fp32.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from lockstep.errors import UserError
+from lockstep.launch.machine import has_fast_bf16
+from lockstep.settings.config import RuntimeConfig
+
+
+def refuse_lonely_launch() -> None:
+    """`accelerate launch --cpu --num_processes N` sets an address to connect to, but starts one process without a rank.
+
+    Raises UserError.
+    """
+    if "MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise UserError(
+            "the launcher was told of several processes but started one (accelerate launch --cpu does this); use: "
+            "accelerate launch --config_file accelerate_configs/cpu_2proc.yaml --num_processes N train.py"
+        )
+
+
+def require_world_size(accelerator: Accelerator) -> None:
+    """Raise UserError if the launcher started more processes than Accelerate knows of."""
+    for variable in ("WORLD_SIZE", "EXPECTED_WORLD_SIZE"):
+        wanted = int(os.environ.get(variable, accelerator.num_processes))
+        if wanted != accelerator.num_processes:
+            raise UserError(
+                f"{variable} says {wanted} processes, but this process is one of {accelerator.num_processes}: each "
+                "would train alone. Launch with --multi_gpu or accelerate_configs/cpu_2proc.yaml (CPU)"
+            )
+
+
+def resolve_precision(config: RuntimeConfig, on_cpu: bool) -> str:
+    """no, bf16 or fp16: what the setting and the launcher come to; UserError where the device would not do it."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    meanings = {"launch": launched, "auto": "bf16" if has_fast_bf16(on_cpu) else "no"}
+    precision = meanings.get(config.precision, config.precision)
+    source = f"--runtime.precision={config.precision}" + (f" ({launched})" if config.precision == "launch" else "")
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"{source} is not supported: use no, bf16 or fp16")
+    if config.dtype == "float64" and precision != "no":
+        raise UserError(f"{source} cannot be combined with --runtime.dtype=float64: launch with --mixed_precision no")
+    if precision == "fp16" and on_cpu:
+        raise UserError(f"{source}: a CPU cannot train in fp16 (Accelerate would silently use fp32): use bf16")
+    if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise UserError(f"{source}: {torch.cuda.get_device_name()} has no bf16: use fp16")
+    return precision
+
+
+def resolve_sharding(config: RuntimeConfig, precision: str) -> bool:
+    """Whether the setting or the launcher asks for FSDP; UserError where it does not go with other settings.
+
+    Accelerate must not see it: its own FSDP2 works on accelerators only, and makes a plugin that prepares the network.
+    """
+    launched = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if (launched or config.fsdp) and precision == "fp16":
+        raise UserError("FSDP cannot train in fp16 (each process would scale its part alone): launch with bf16")
+    if (launched or config.fsdp) and config.compile:
+        raise UserError(
+            "FSDP does not go with --runtime.compile=true (torch.compile stops at its hooks): leave one out"
+        )
+    return launched or config.fsdp

@@ -1,0 +1,71 @@
+"""The machine that this process runs on: cores, memory, and what ends a process when the one above it dies."""
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, among which its cores and its memory are divided."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def owned_cores() -> int:
+    """Cores of this process: its share of the machine's; the word of SLURM or a container counts where none binds."""
+    cores = len(os.sched_getaffinity(0))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, _CPU_QUOTA.read_text().split())
+        cores = max(1, min(cores, quota // period))
+    return max(1, cores // local_processes())
+
+
+def has_fast_bf16(on_cpu: bool) -> bool:
+    """Whether bf16 is worth it here: AMX or AVX512-BF16 on a CPU, native bf16 on a GPU."""
+    if not on_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 1 GiB for the next step; elsewhere, do nothing.
+
+    By default it gives large ones back, and Linux fills each page anew with zeros when a step asks for it again.
+    Measured on a 2-core AMD EPYC in bf16, batches of 256: cifar10_cnn 1.18 to 1.24 times as fast, simple_cnn 1.02, the
+    largest memory in use 3 % more.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        if not library.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+            library.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def signal_at_death_of_parent(number: signal.Signals) -> None:
+    """Let Linux send this process a signal when the one that started it dies; elsewhere, do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def end_with_launcher() -> None:
+    """Let Linux send SIGTERM when the launcher dies: it may die of a signal that it does not pass on.
+
+    Before the process group is built, which waits for minutes for a launcher that is gone. Without a launcher the
+    parent is a shell, which may leave a training alone (nohup).
+    """
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return
+    signal_at_death_of_parent(signal.SIGTERM)
+    with contextlib.suppress(OSError):
+        # It may have died during the imports. In a container it may itself be process 1.
+        if os.getppid() == 1 and not Path("/proc/1/comm").read_text().startswith(("python", "accelerate", "torchrun")):
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,97 @@
+"""What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lockstep.data.images import Data
+from lockstep.data.loader import TrainLoader
+from lockstep.launch.accelerator import Launch
+from lockstep.launch.preemption import Preemption
+from lockstep.report.summary import report_divergence, report_pause, report_training
+from lockstep.run.checkpoint import Checkpointer
+from lockstep.run.folder import Run
+from lockstep.run.profiler import Profiler
+from lockstep.run.tracker import Tracker
+from lockstep.training.batchnorm import RunningStatistics
+from lockstep.training.calendar import Calendar
+from lockstep.training.learner import Learner
+from lockstep.training.meter import Meter
+from lockstep.training.progress import Progress
+from lockstep.training.records import test_record, train_record, val_record
+from lockstep.training.schedule import Schedule
+from lockstep.training.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a training has at hand."""
+
+    run: Run
+    launch: Launch
+    preemption: Preemption
+    data: Data
+    loader: TrainLoader
+    learner: Learner
+    statistics: RunningStatistics
+    checkpointer: Checkpointer
+    progress: Progress
+    calendar: Calendar
+    schedule: Schedule
+    tracker: Tracker
+    meter: Meter
+    stopwatch: Stopwatch
+    profiler: Profiler
+
+
+def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
+    """A line of the log. The host waits for the device here, and nowhere else in a step."""
+    t.meter.read(t.progress)
+    t.tracker.log(train_record(t.progress, t.calendar, lr, gradient_norm.item(), t.stopwatch.lap()))
+    t.meter.start_window()
+    if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:
+        t.checkpointer.wait()
+        report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
+
+
+def validate(t: Training) -> None:
+    """Validate, and save the weights if they are the best or the step's are due; nothing if a stop is asked for."""
+    assert t.data.val is not None
+    progress = t.progress
+    with t.learner.averaged():
+        predictions = t.learner.evaluate(t.data.val, t.data.num_classes, t.preemption.wanted)
+    if predictions is None:
+        return
+    epoch, is_last = t.calendar.epoch_of(progress.step), progress.step == t.calendar.total_steps
+    competes = epoch >= t.run.config.train.best_from_epoch or (is_last and progress.best_step == 0)
+    is_best = progress.judge(epoch, predictions.loss, predictions.accuracy, competes=competes)
+    t.tracker.log(val_record(t.meter.read(progress), t.calendar, predictions))
+    t.meter.start_epoch()
+    if is_best or t.calendar.after(progress.step).save or t.calendar.is_over(progress):
+        save(t, is_best=is_best)
+    t.stopwatch.skip()
+
+
+def save(t: Training, *, is_best: bool) -> None:
+    """Save a checkpoint, in the background."""
+    t.stopwatch.read()
+    t.checkpointer.save(t.meter.read(t.progress), is_best=is_best)
+
+
+def pause(t: Training) -> int:
+    """Save and close a run that was asked to stop; returns the exit code."""
+    save(t, is_best=False)
+    t.checkpointer.wait(must_succeed=True)
+    return report_pause(t.run, t.tracker, t.progress, t.preemption)
+
+
+def finish(t: Training) -> int:
+    """Test the best weights and close the run; returns the exit code."""
+    t.checkpointer.load_best()
+    predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
+    t.stopwatch.read()
+    if predictions is None:
+        return report_pause(t.run, t.tracker, t.progress, t.preemption)
+    t.tracker.log(test_record(t.progress, t.calendar, predictions))
+    report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
+    return 0

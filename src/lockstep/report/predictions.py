@@ -1,0 +1,54 @@
+"""What a network predicted: a table per class, a file with a row per sample, and the images behind the rows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.data.images import Data, ImageSet
+from lockstep.evaluation.metrics import Predictions
+
+
+def class_names(data: Data) -> list[str]:
+    """Names of all outputs of the network, also of those that the data set does not show."""
+    return [*data.classes, *(str(i) for i in range(len(data.classes), data.num_classes))]
+
+
+def pixels(images: ImageSet, indices: np.ndarray) -> np.ndarray:
+    """Images as the network sees them before augmentation, uint8 (N, H, W, C); black where one was skipped."""
+    channels, height, width = images.shape
+    blank = np.zeros((height, width, channels), np.uint8)
+    loaded = (images.load(int(index)) for index in indices)
+    return np.stack([blank if image is None else image.numpy() for image in loaded])
+
+
+def class_table(predictions: Predictions, data: Data) -> str:
+    """Precision, recall, F1 and number of samples of every class, and their means, as text."""
+    names = class_names(data)
+    width = max(len("macro mean"), *map(len, names))
+    scores = predictions.per_class()
+    lines = [f"{'class':<{width}}  precision  recall      f1  samples"]
+    for name, precision, recall, f1, support in zip(names, *scores.values(), strict=True):
+        lines.append(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
+    precision, recall, f1 = (float(scores[key].mean()) for key in ("precision", "recall", "f1"))
+    lines.append(f"{'macro mean':<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {len(predictions.samples):7d}")
+    return "\n".join(lines)
+
+
+def write_predictions(folder: Path, split: str, predictions: Predictions, images: ImageSet, data: Data) -> Path:
+    """One row per sample: row in the source's split, label, prediction, confidence, loss; returns the file's path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = np.array(class_names(data))
+    table = pa.table(
+        {
+            "sample": images.rows[predictions.samples].numpy(),
+            "label": names[predictions.labels],
+            "prediction": names[predictions.predicted],
+            "confidence": predictions.confidences,
+            "loss": predictions.losses,
+        }
+    )
+    path = folder / f"predictions_{split}.parquet"
+    pq.write_table(table, path)
+    return path

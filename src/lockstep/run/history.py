@@ -1,0 +1,59 @@
+"""metrics.jsonl, the source of truth of a run: its records, read and cut back.
+
+Records are dictionaries like
+`{"step": 150, "epoch": 4, "position": 9600, "split": "train", "loss": 0.12, "accuracy": 0.961, "lr": 0.001}`:
+`epoch` counts from 1 (or is a fraction of epochs completed), `accuracy` is a share in [0, 1], and `split` is train,
+val or test. Any other field is kept too.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lockstep.files import replace_file
+
+HISTORY = "metrics.jsonl"
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of `<run_dir>/metrics.jsonl` in order; empty if there is none, without a line cut off by a crash.
+
+    Non-finite numbers come back as floats.
+    """
+    path = run_dir / HISTORY
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for record in map(_parse, lines) if record is not None]
+
+
+def truncate_history(run_dir: Path, step: int) -> None:
+    """Cut metrics.jsonl back to `step`: drop later records and a half-written line, atomically; 0 drops everything."""
+    path = run_dir / HISTORY
+    if not path.exists():
+        return
+    old = path.read_bytes()
+    kept = []
+    for line in old.splitlines():
+        record = _parse(line)
+        # A test line at this step was written after its checkpoint, and will be written again.
+        if record is not None and 0 < step and record.get("step", 0) <= step and record.get("split") != "test":
+            kept.append(line + b"\n")
+    if (new := b"".join(kept)) != old:
+        replace_file(path, new)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+def numbers_of(values: dict[str, Any]) -> dict[str, float]:
+    """The fields that are single numbers; 0-d tensors and arrays count, flags and texts do not."""
+    items = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
+    return {key: item for key, item in items.items() if isinstance(item, int | float) and not isinstance(item, bool)}

@@ -1,0 +1,57 @@
+"""The copy of a run in TensorBoard's event files."""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from lockstep.run.history import numbers_of
+from lockstep.settings.config import Config
+
+
+class TensorBoard:
+    """A sink: see `tracker.Sink`."""
+
+    name = "TensorBoard"
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
+        self._config = config
+        # TensorBoard hides what earlier event files hold from purge_step on: no point is drawn twice after a restart.
+        purge_step = resume_step + 1 if resume_step else 0
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def scalars(self, step: int, axes: dict[str, float], values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self._writer.add_histogram(name, values, global_step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as picture:
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), global_step=step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, text, global_step=step)
+
+    def graph(self, model: nn.Module, images: torch.Tensor) -> None:
+        # A copy on the CPU: tracing must not touch the running statistics, the device or its memory.
+        self._writer.add_graph(copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu())
+
+    def close(self, summary: dict[str, Any], exit_code: int) -> None:
+        if summary.get("state", "finished") == "finished" and exit_code == 0:
+            settings = {
+                f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
+                for section, values in asdict(self._config).items()
+                for key, value in values.items()
+            }
+            final = {f"final/{key}": value for key, value in numbers_of(summary).items()}
+            self._writer.add_hparams(settings, final, run_name=".")
+        self._writer.close()

@@ -1,0 +1,161 @@
+"""The copy of a run in W&B: one W&B run for life, offline where there is no server, never a prompt.
+
+An unreachable server, or one that hangs, holds up neither training nor its end for longer than the limits below.
+"""
+
+import contextlib
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import wandb
+from torch import nn
+
+from lockstep.errors import first_line
+from lockstep.files import plain, replace_file
+from lockstep.settings.config import Config
+
+INIT_SECONDS = 30.0
+FINISH_SECONDS = 120.0
+
+
+def open_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
+    """The W&B run of this run folder, or None where W&B is switched off; offline where online is not possible."""
+    with _signals_held():  # W&B's own process would not wait for the end of the step
+        return _open_run(config, run_dir, environment, say)
+
+
+def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
+    wanted = config.log.wandb
+    quiet: dict[str, Any] = {"silent": True, "console": "off"}
+    forced: dict[str, Any] = {} if wanted == "auto" else {"mode": wanted}
+    session = wandb.setup(wandb.Settings(**quiet, **forced)).settings
+    if session.mode == "disabled":  # auto, and WANDB_MODE=disabled
+        return None
+    options: dict[str, Any] = {
+        "id": _wandb_id(run_dir, session.run_id),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "name": run_dir.name,
+        "project": config.log.project,
+        "group": config.run.group,
+        "tags": config.run.tags,
+        "notes": config.run.notes,
+        "config": {**asdict(config), "environment": plain(environment or {})},
+        "allow_val_change": True,
+        "settings": wandb.Settings(**quiet, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+    }
+    if session.mode not in ("offline", "dryrun"):  # WANDB_MODE and `wandb offline` count where the flag says auto
+        try:
+            # Only with an API key at hand: wandb.init would ask for one.
+            if wandb.login(verify=False, prompt=False):
+                run = wandb.init(mode="online", **options)
+                say(f"W&B: {run.url}")
+                return run
+            if wanted == "online":
+                say("warning: W&B has no API key: going on offline; run `wandb login` once to log online")
+        except Exception as error:
+            say(f"warning: W&B is not reachable ({first_line(error)}); going on offline")
+            wandb.teardown()  # the half-open run keeps its id taken until then
+    run = wandb.init(mode="offline", **options)
+    say(f"W&B: offline, to be uploaded with: wandb sync {run_dir / 'wandb'}/offline-run-*")
+    return run
+
+
+def _wandb_id(run_dir: Path, given: str | None) -> str:
+    """The id of the run's one W&B run: the stored one, else the one a sweep agent gave, else a new one; stored."""
+    path = run_dir / "wandb" / "run_id"
+    if path.exists() and (stored := path.read_text().strip()):
+        return stored
+    fresh = given or secrets.token_hex(4)
+    replace_file(path, fresh.encode())
+    return fresh
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started within it never get the signals by which a scheduler stops every process of a job.
+
+    They would die of them at once, with what they still hold in memory; this process tells them when it ends.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Wandb:
+    """A sink: see `tracker.Sink`."""
+
+    name = "W&B"
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        # W&B drops points whose own step counter goes back, as after a restart. An axis of ours has no such rule.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, axes: dict[str, float], values: dict[str, float]) -> None:
+        self._run.log({**axes, **values, "step": step})
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self._run.log({"step": step, name: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({"step": step, name: wandb.Image(str(path))})
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._run.summary[name] = text
+
+    def graph(self, model: nn.Module, images: torch.Tensor) -> None:
+        """W&B has no picture of a network."""
+
+    def close(self, summary: dict[str, Any], exit_code: int) -> None:
+        def finish() -> None:
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=exit_code)
+
+        try:
+            _within(1.25 * FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
+        except TimeoutError:
+            _abandon_wandb()
+            raise
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Run an action that may hang; raises what it raises, or TimeoutError."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # handed to the caller below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no end after {seconds:.0f} seconds")
+    if errors:
+        raise errors[0]
+
+
+def _abandon_wandb() -> None:
+    """End W&B's own process, for which Python would wait at its exit without limit; what it has written is on disk."""
+    for child in psutil.Process().children(recursive=True):
+        if child.name().startswith("wandb-core"):
+            child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # it complains about the end of that process
+        wandb.teardown()

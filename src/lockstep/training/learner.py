@@ -1,0 +1,97 @@
+"""What learns: network, optimizer, average and loss, assembled in one place."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from lockstep.augment.transform import Transform, build_transform
+from lockstep.data.images import Data, ImageSet
+from lockstep.data.loader import Batch, EvaluationLoader, crops_while_decoding
+from lockstep.evaluation.evaluate import evaluate
+from lockstep.evaluation.metrics import Predictions
+from lockstep.launch.accelerator import Launch
+from lockstep.launch.sharding import prepare, shard
+from lockstep.models.network import build_network, find_network
+from lockstep.randomness import seed_microbatch, seed_run
+from lockstep.settings.config import Config
+from lockstep.settings.registry import choose, look_up
+from lockstep.training.ema import ExponentialAverage, build_average
+from lockstep.training.loss import LOSSES, Loss, build_loss, total
+from lockstep.training.optim import OPTIMIZERS, build_optimizer
+from lockstep.training.schedule import SHAPES
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """The parts of a training step."""
+
+    model: nn.Module
+    """The bare network: what is evaluated and saved"""
+    network: nn.Module
+    """The network that trains: in mixed precision, and wrapped by DDP or FSDP2 where there are several processes"""
+    optimizer: AcceleratedOptimizer
+    average: ExponentialAverage | None
+    transform: Transform
+    loss_of: Loss
+    accelerator: Accelerator
+    launch: Launch
+    config: Config
+
+    def evaluate(self, images: ImageSet, num_classes: int, interrupted: Callable[[], bool]) -> Predictions | None:
+        """What the network as it is now does on a set, every process taking part; None if interrupted on any."""
+        loader = EvaluationLoader(images, num_classes, self.launch, self.config)
+        return evaluate(self.model, loader, self.transform, self.accelerator, interrupted)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network holds the averages of its weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied(self.model)
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        """One microbatch forward and backward, as in training; returns its mean loss, on the device."""
+        images, targets = self.transform.train_batch(*batch, (0, 0, 0))
+        seed_microbatch(0, 0, 0)
+        losses = self.loss_of(self.network.train()(images), targets)
+        self.accelerator.backward(total(losses) / len(losses))
+        return losses.detach().mean()
+
+
+def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: Launch, *, resumes: bool) -> Learner:
+    """Build all parts, with first weights that follow from `run.seed`; every process of `launch` must take part.
+
+    Published weights are not fetched if the run `resumes`. Raises UserError for settings that do not go with one
+    another or with the data.
+    """
+    check_names(config)
+    seed_run(config.run.seed)
+    model = build_network(config, data, launch.device, resumes=resumes)
+    shard(model, launch, compress_gradients=config.runtime.compress_gradients)
+    average = build_average(config.train, model)
+    network, optimizer = prepare(accelerator, launch, model, build_optimizer(config.optim, model))
+    precropped = crops_while_decoding(data.train, config.augment)
+    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=precropped)
+    loss_of = build_loss(config.train)
+    return Learner(model, network, optimizer, average, transform, loss_of, accelerator, launch, config)
+
+
+def check_names(config: Config) -> None:
+    """Raise UserError if the settings name a network, an optimizer, a schedule or a loss that there is not.
+
+    Quick, for the beginning of a program, before data are read.
+    """
+    find_network(config.model)
+    choose(OPTIMIZERS, "optim.name", config.optim)
+    choose(LOSSES, "train.loss", config.train)
+    look_up(SHAPES, "schedule.name", config.schedule.name)
+
+
+def blank_batch(data: Data, size: int, device: torch.device) -> Batch:
+    """So many black images of class 0, of the data's shape."""
+    channels, height, width = data.image_shape
+    images = torch.zeros(size, height, width, channels, dtype=torch.uint8, device=device)
+    numbers = torch.zeros(size, dtype=torch.int64, device=device)
+    return Batch(images, numbers, numbers)

@@ -1,0 +1,93 @@
+"""Running sums of what is logged, kept on the device."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lockstep.training.gradients import tree_sum
+from lockstep.training.progress import BadSteps, Progress, Sums
+
+_COUNTS = 3  # hits, samples, skipped
+
+
+class Meter:
+    """Sums of loss, hits and samples on the device, and counts of bad steps, so that no step waits for the host.
+
+    Losses are kept by microbatch, each of which one process computes, and counts are whole numbers: what processes
+    add up has no order, and a line of the log is the same on any number of them.
+    """
+
+    def __init__(self, progress: Progress, numbers: range, microbatches: int, accelerator: Accelerator) -> None:
+        """Goes on from `progress`. `numbers` are those of this process's microbatches among all of a step."""
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        rows = [_row(sums, numbers, microbatches, accelerator.is_main_process) for sums in _windows(progress)]
+        self._sums = torch.tensor(rows, dtype=dtype, device=accelerator.device)
+        self._step = torch.zeros_like(self._sums[0])
+        bad = progress.bad_steps
+        self._bad = torch.tensor([bad.since_log, bad.in_a_row, bad.total], dtype=dtype, device=accelerator.device)
+        self._microbatches, self._accelerator = microbatches, accelerator
+
+    @torch.no_grad()
+    def add(self, number: int, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Count microbatch `number`: losses (B,), logits (B, C), targets (B,) or soft (B, C); skipped have none."""
+        if targets.ndim == 1:
+            labels, used = targets, (targets >= 0).sum()
+        else:
+            # Mixing moves parts of targets between rows, so only their sum tells how many images had one.
+            labels, used = targets.argmax(1).where(targets.sum(1) > 0, -1), targets.sum().round()
+        hits = (logits.detach().argmax(1) == labels).sum()
+        self._step[number] += losses.detach().sum()
+        self._step[self._microbatches :] += torch.stack([hits, used, len(labels) - used]).to(self._sums)
+
+    def finish_step(self, bad: Tensor) -> None:
+        """Count the microbatches added since the last step, or the step as a bad one if the flag on the device is set.
+
+        The flag is the same on all processes.
+        """
+        self._sums += self._step.where(~bad, 0)
+        self._step.zero_()
+        self._bad += bad
+        self._bad[1] *= bad  # one good step ends the row
+
+    def read(self, progress: Progress) -> Progress:
+        """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
+        sums = self._sums
+        if self._accelerator.num_processes > 1:
+            sums = self._accelerator.reduce(sums, reduction="sum")
+        numbers = torch.cat([sums.flatten(), self._bad]).tolist()
+        size = self._microbatches + _COUNTS
+        for row, kept in enumerate(_windows(progress)):
+            kept.losses = numbers[row * size : row * size + self._microbatches]
+            kept.hits, kept.samples, kept.skipped = map(int, numbers[(row + 1) * size - _COUNTS : (row + 1) * size])
+        progress.bad_steps = BadSteps(*map(int, numbers[2 * size :]))
+        return progress
+
+    def start_window(self) -> None:
+        """A log line was written."""
+        self._sums[0].zero_()
+        self._bad[0] = 0
+
+    def start_epoch(self) -> None:
+        """The means of an epoch were written, or it ended without."""
+        self._sums.zero_()
+
+
+def _windows(progress: Progress) -> tuple[Sums, Sums]:
+    return progress.window, progress.epoch
+
+
+def _row(sums: Sums, numbers: range, microbatches: int, is_main: bool) -> list[float]:
+    """A process's part of sums over all of them: its own microbatches' losses, and all counts on the main one."""
+    losses = sums.losses or [0.0] * microbatches
+    assert len(losses) == microbatches, (len(losses), microbatches)
+    own = [loss if number in numbers else 0.0 for number, loss in enumerate(losses)]
+    return own + ([sums.hits, sums.samples, sums.skipped] if is_main else [0] * _COUNTS)
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """loss and accuracy, and skipped_images if there were any; without a sample, as where all steps were bad, NaN."""
+    count = sums.samples or math.nan
+    counted = {"loss": tree_sum(sums.losses) / count, "accuracy": sums.hits / count}
+    return {**counted, "skipped_images": sums.skipped} if sums.skipped else counted

@@ -1,0 +1,43 @@
+"""The lines of metrics.jsonl, as dictionaries."""
+
+from typing import Any
+
+from lockstep.evaluation.metrics import Predictions
+from lockstep.training.calendar import Calendar
+from lockstep.training.meter import means
+from lockstep.training.progress import Progress
+
+
+def train_record(
+    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, steps_per_second: float
+) -> dict[str, Any]:
+    """A training line: means since the line before, without bad steps; their number if there were any."""
+    bad = progress.bad_steps.since_log
+    return {
+        **calendar.place(progress.step),
+        "split": "train",
+        **means(progress.window),
+        **({"bad_steps": bad} if bad else {}),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": steps_per_second * calendar.batch_size,
+    }
+
+
+def val_record(progress: Progress, calendar: Calendar, predictions: Predictions) -> dict[str, Any]:
+    """A validation line, beside the means of training since the validation before."""
+    train = means(progress.epoch)
+    return {
+        **calendar.place(progress.step),
+        "split": "val",
+        **predictions.headline(),
+        "train_loss": train["loss"],
+        "train_accuracy": train["accuracy"],
+        "train_val_loss_ratio": train["loss"] / max(predictions.loss, 1e-12),
+    }
+
+
+def test_record(progress: Progress, calendar: Calendar, predictions: Predictions) -> dict[str, Any]:
+    """The test line: the best checkpoint on the test set."""
+    place = {**calendar.place(progress.step), "best_step": progress.best_step or progress.step}
+    return {**place, "split": "test", **predictions.headline()}

@@ -1,0 +1,170 @@
+"""Windows, mirrors, warps and erased rectangles, against torchvision and formulas."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import images_of, keys_of, planes, smooth_images, unscaled
+from torch import Tensor
+
+from lockstep.augment.geometry import crop_boxes, perspective
+from lockstep.augment.transform import Transform
+from lockstep.randomness import draw
+from lockstep.settings.config import AugmentConfig
+
+few = settings(max_examples=30, deadline=None)
+
+
+@few
+@given(padding=st.integers(1, 6), height=st.integers(2, 12), width=st.integers(2, 12), seed=st.integers(0, 2**40))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_padded_crop_is_a_slice_of_the_padded_image(
+    channels: int, padding: int, height: int, width: int, seed: int
+) -> None:
+    images, keys = images_of(8, height, width, channels), keys_of(8, seed)
+    output = unscaled(channels, crop_padding=padding).train(images, keys)
+    offsets = (draw(keys, "padded_crop", 2) * (2 * padding + 1)).long().tolist()
+    for image, cut, (top, left) in zip(planes(images), output, offsets, strict=True):
+        padded = TF.pad(image, [padding] * 4)
+        torch.testing.assert_close(cut, padded[:, top : top + height, left : left + width])
+
+
+def test_padded_crop_reaches_every_offset() -> None:
+    keys = keys_of(2000)
+    marked = torch.zeros(2000, 5, 5, 1, dtype=torch.uint8)
+    marked[:, 2, 2] = 255
+    found = unscaled(1, crop_padding=2).train(marked, keys).view(2000, 25).argmax(1)
+    counts = torch.bincount(found, minlength=25)
+    assert counts.min() > 40 and counts.max() < 130, counts  # 80 expected, deviation 9
+
+
+@pytest.mark.parametrize(("changes", "axis"), [({"flip": True}, 3), ({"vertical_flip": True}, 2)])
+def test_flips_mirror_half_of_the_images(changes: dict[str, Any], axis: int) -> None:
+    images = images_of(2000, 4, 3)
+    output, plain = unscaled(**changes).train(images, keys_of(2000)), unscaled().evaluate(images)
+    kept = (output == plain).flatten(1).all(1)
+    assert torch.equal(output[~kept], plain[~kept].flip(axis))
+    assert 880 < kept.sum() < 1120  # 1000 expected, deviation 22
+
+
+def centre(pixels: Tensor) -> Tensor:
+    """Without a border of a quarter, where black comes in."""
+    height, width = pixels.shape[-2:]
+    return pixels[..., height // 4 : -(height // 4), width // 4 : -(width // 4)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 64)])
+@pytest.mark.parametrize("name", ["rotation", "translate", "zoom", "shear"])
+def test_affine_transforms_are_torchvisions(name: str, height: int, width: int) -> None:
+    images, keys = smooth_images(6, height, width), keys_of(6)
+    strength = {"rotation": 20.0, "translate": 0.1, "zoom": 0.2, "shear": 15.0}[name]
+    setting: dict[str, Any] = {name: strength}
+    output = unscaled(**setting).train(images, keys)
+    signed = 2 * draw(keys, "affine", 6) - 1
+    for image, got, (turn, shear, zoom, right, down, _) in zip(planes(images), output, signed.tolist(), strict=True):
+        chosen: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]}
+        chosen |= {
+            "rotation": {"angle": -turn * strength},
+            "translate": {"translate": [-right * strength * width, -down * strength * height]},
+            "zoom": {"scale": 1 + zoom * strength},
+            "shear": {"shear": [shear * strength, 0.0]},
+        }[name]
+        wanted = TF.affine(image, **chosen, interpolation=TF.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(centre(got), centre(wanted), rtol=0, atol=1e-4)
+        assert (centre(got) - centre(image)).abs().max() > 1e-3
+
+
+def test_what_a_rotation_uncovers_is_black() -> None:
+    white = torch.full((6, 32, 32, 1), 255, dtype=torch.uint8)
+    output = unscaled(1, rotation=45.0).train(white, keys_of(6))
+    assert (output[:, :, 12:20, 12:20] > 0.999).all() and output.amin() == 0
+
+
+@few
+@given(strength=st.floats(0.01, 0.95), seed=st.integers(0, 2**40))
+def test_perspective_moves_the_corners_inwards(strength: float, seed: int) -> None:
+    draws = draw(keys_of(5, seed), "perspective", 8)
+    matrices = perspective(keys_of(5, seed), AugmentConfig(perspective=strength), 1.0)
+    corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
+    moved = corners * (1 - strength * draws.view(5, 4, 2))
+    assert ((moved.abs() > 1 - strength) & (moved.abs() <= 1)).all()
+    mapped = torch.cat([moved, torch.ones(5, 4, 1)], 2) @ matrices.transpose(1, 2)
+    torch.testing.assert_close(mapped[..., :2] / mapped[..., 2:], corners.expand(5, 4, 2), rtol=0, atol=1e-6)
+
+
+def test_perspective_shows_the_whole_image_within_the_moved_corners() -> None:
+    white, keys = torch.full((8, 64, 64, 1), 255, dtype=torch.uint8), keys_of(8)
+    output = unscaled(1, perspective=0.4).train(white, keys)
+    corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
+    x, y = (corners * (1 - 0.4 * draw(keys, "perspective", 8).view(8, 4, 2))).unbind(-1)
+    share = 0.5 * (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1).abs() / 4  # shoelace formula
+    torch.testing.assert_close(output.mean((1, 2, 3)), share, rtol=0, atol=0.02)
+
+
+@few
+@given(min_area=st.floats(0.05, 1), seed=st.integers(0, 2**40))
+def test_crop_boxes_lie_inside_and_are_large_enough(min_area: float, seed: int) -> None:
+    x, y, width, height = crop_boxes(keys_of(64, seed), min_area)
+    for middle, side in ((x, width), (y, height)):
+        assert (side > 0).all() and (middle - side / 2 >= -1e-12).all() and (middle + side / 2 <= 1 + 1e-12).all()
+    whole = (width < 1) & (height < 1)
+    area, aspect = width * height, width / height
+    assert (area[whole] >= min_area - 1e-12).all()
+    assert (area >= min_area * math.sqrt(3 / 4) - 1e-12).all()  # shortened on one side
+    assert ((aspect >= 3 / 4 - 1e-12) & (aspect <= 4 / 3 + 1e-12)).all()
+
+
+def test_crop_boxes_spread_over_areas_and_places() -> None:
+    x, y, width, height = crop_boxes(keys_of(4000), 0.08)
+    area = width * height
+    assert area.min() < 0.1 and area.max() > 0.95 and abs(area.mean() - 0.54) < 0.03
+    for middle, side in ((x, width), (y, height)):
+        share = ((middle - side / 2) / (1 - side))[side < 0.99]
+        assert abs(share.mean() - 0.5) < 0.03 and share.min() < 0.02 and share.max() > 0.98
+
+
+def test_resized_crop_shows_the_box_in_full_size() -> None:
+    keys, size = keys_of(8), 64
+    ramp = torch.arange(size, dtype=torch.uint8)
+    across = ramp.expand(8, size, size)
+    for axis, images in enumerate((across, across.transpose(1, 2))):
+        output = unscaled(1, resized_crop=0.2).train(images[..., None].contiguous(), keys)[:, 0] * 255
+        box = crop_boxes(keys, 0.2)
+        middle, side = box[axis], box[2 + axis]
+        steps = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+        expected = (middle[:, None] - side[:, None] / 2 + side[:, None] * steps) * size - 0.5
+        got = output[:, size // 2] if axis == 0 else output[:, :, size // 2]
+        inside = (expected > 0.5) & (expected < size - 1.5)  # at the border the black outside is mixed in
+        torch.testing.assert_close(got[inside], expected[inside], rtol=0, atol=1e-6)
+
+
+def test_images_cropped_while_decoding_are_not_cropped_again() -> None:
+    images, keys = images_of(), keys_of()
+    precropped = Transform(AugmentConfig(resized_crop=0.3), (0.0,) * 3, (1.0,) * 3, torch.float64, True)
+    assert torch.equal(precropped.train(images, keys), precropped.evaluate(images))
+    both = Transform(AugmentConfig(resized_crop=0.3, rotation=20), (0.0,) * 3, (1.0,) * 3, torch.float64, True)
+    assert torch.equal(both.train(images, keys), unscaled(rotation=20).train(images, keys))
+
+
+def test_erasing_paints_a_rectangle_of_the_promised_size_in_the_mean_colour() -> None:
+    count, size = 600, 64
+    images = torch.full((count, size, size, 3), 255, dtype=torch.uint8)
+    transform = Transform(AugmentConfig(erasing=0.5), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), torch.float32)
+    output, plain = transform.train(images, keys_of(count)), transform.evaluate(images)
+    erased = (output == 0).all(1)
+    assert torch.equal(output.movedim(1, -1)[~erased], plain.movedim(1, -1)[~erased])
+    chosen = erased.flatten(1).any(1)
+    assert 240 < chosen.sum() < 360  # 300 expected, deviation 12
+    areas = []
+    for mask in erased[chosen]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        height, width = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+        assert mask.sum() == height * width, "not a rectangle"
+        areas.append(height * width / size**2)
+        if max(height, width) < size:
+            assert 0.3 * 0.8 < width / height < 1 / 0.3 / 0.8
+    assert 0.02 * 0.8 < min(areas) < 0.06 and 0.36 < max(areas) < 0.4 * 1.05

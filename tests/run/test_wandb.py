@@ -1,0 +1,163 @@
+"""Offline without a server, one W&B run for life, and never in the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from logs import configured, train_record
+
+from lockstep.run.history import read_history
+from lockstep.run.tracker import build_tracker
+
+
+@pytest.fixture
+def wandb_home(tmp_path: Path, monkeypatch) -> Path:
+    """A machine without W&B login; everything W&B writes stays in tmp_path."""
+    import wandb
+
+    wandb.teardown()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setattr(sys, "stdin", None)  # a prompt would fail
+    yield tmp_path / "home"
+    wandb.teardown()
+
+
+def wandb_data(run_dir: Path) -> bytes:
+    """The records of the newest start of the offline run."""
+    import wandb
+
+    wandb.teardown()  # as at the end of a process: the last bytes are written when W&B's own process ends
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[-1].read_bytes()
+
+
+def test_wandb_without_a_key_runs_offline_and_says_so(tmp_path: Path, wandb_home: Path, capsys) -> None:
+    from PIL import Image
+
+    run_dir = tmp_path / "runs" / "digits"
+    tracker = build_tracker(configured(wandb="auto"), run_dir, is_main=True, environment={"processes": 2})
+    lines = capsys.readouterr()
+    assert lines.out.splitlines() == [f"W&B: offline, to be uploaded with: wandb sync {run_dir}/wandb/offline-run-*"]
+    assert lines.err == ""
+    tracker.log(train_record(1, loss=0.625, note="not a number"))
+    tracker.log({"step": 1, "split": "val", "accuracy": 0.5})
+    tracker.histograms(1, {"weights": torch.ones(4)})
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    tracker.figure("samples", tmp_path / "picture.png")
+    tracker.finish({"best_accuracy": 0.875})
+    data = wandb_data(run_dir)
+    for expected in (b"train/loss", b"0.625", b"val/accuracy", b"best_accuracy", b"0.875", b"processes", b"a note"):
+        assert expected in data, expected
+    assert b"weights" in data and list(run_dir.glob("wandb/*/files/media/images/samples*.png"))
+    assert len((run_dir / "wandb" / "run_id").read_text()) == 8
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_wandb_keeps_its_id_over_restarts(tmp_path: Path, wandb_home: Path) -> None:
+    ids = []
+    for resume_step in (0, 1):
+        tracker = build_tracker(configured(wandb="offline"), tmp_path, is_main=True, resume_step=resume_step)
+        tracker.log(train_record(resume_step + 1))
+        tracker.finish({}, exit_code=resume_step)
+        ids.append((tmp_path / "wandb" / "run_id").read_text())
+        assert ids[0].encode() in wandb_data(tmp_path)
+        time.sleep(1.1)  # W&B names folders by the second
+    assert ids[0] == ids[1]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
+
+
+def test_wandb_online_without_a_key_never_asks(tmp_path: Path, wandb_home: Path, capsys) -> None:
+    tracker = build_tracker(configured(wandb="online"), tmp_path, is_main=True)
+    tracker.log(train_record(1))
+    tracker.finish({})
+    assert capsys.readouterr().out.splitlines()[0].startswith("warning: W&B has no API key: going on offline")
+    assert b"train/loss" in wandb_data(tmp_path)
+
+
+@pytest.mark.parametrize("netrc", [False, True])
+def test_wandb_with_an_unreachable_server_goes_on_offline(
+    netrc: bool, tmp_path: Path, wandb_home: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("lockstep.run.wandb.INIT_SECONDS", 2.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # discard: nobody listens
+    if netrc:
+        (tmp_path / "no-netrc").write_text(f"machine 127.0.0.1:9 login user password {'0' * 40}\n")
+        (tmp_path / "no-netrc").chmod(0o600)
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    started = time.monotonic()
+    tracker = build_tracker(configured(wandb="auto"), tmp_path / "run", is_main=True)
+    tracker.log(train_record(1))
+    tracker.finish({})
+    assert time.monotonic() - started < 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("warning: W&B is not reachable (") and lines[1].startswith("W&B: offline")
+    assert b"train/loss" in wandb_data(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("mode", "made"), [("disabled", False), ("offline", True)])
+def test_wandb_mode_of_the_environment_is_honoured(
+    mode: str, made: bool, tmp_path: Path, wandb_home: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    build_tracker(configured(wandb="auto"), tmp_path, is_main=True).finish({})
+    assert (tmp_path / "wandb").exists() == made
+
+
+def test_wandb_that_cannot_start_is_one_warning(tmp_path: Path, wandb_home: Path, capsys) -> None:
+    (tmp_path / "wandb").write_text("a file where the folder should be")
+    tracker = build_tracker(configured(wandb="offline"), tmp_path, is_main=True)
+    tracker.log(train_record(1))
+    tracker.finish({})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("warning: W&B is off (") and len(lines) == 2
+    assert len(read_history(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals")
+def test_wandb_that_hangs_holds_up_neither_the_end_nor_the_exit(tmp_path: Path, wandb_home: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import psutil
+import lockstep.run.wandb
+from lockstep.run.tracker import build_tracker
+from lockstep.settings.config import Config, LogConfig
+config = Config(log=LogConfig(wandb="offline", tensorboard=False))
+tracker = build_tracker(config, Path({str(tmp_path / "run")!r}), is_main=True)
+lockstep.run.wandb.FINISH_SECONDS = 1.0
+service = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
+assert service
+for process in service:
+    process.suspend()
+tracker.finish({{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "warning: W&B stopped (no end after 1 seconds)" in done.stdout
+
+
+def test_wandb_disabled_is_not_even_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from lockstep.settings.config import Config, LogConfig
+from lockstep.run.tracker import build_tracker
+config = Config(log=LogConfig(wandb="disabled", tensorboard=False))
+tracker = build_tracker(config, Path({str(tmp_path)!r}), is_main=True)
+tracker.log({{"step": 1, "split": "train", "loss": 1.0}})
+tracker.finish({{}})
+late = [name for name in ("wandb", "torch", "tensorboard", "matplotlib", "tqdm", "numpy") if name in sys.modules]
+assert not late, late
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
