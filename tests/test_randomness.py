@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from lockstep.randomness import mix_array, mix_seed, sample_keys, seed_microbatch, seed_run, uniforms
+from lockstep.augment.transform import TRANSFORMS
+from lockstep.randomness import draw, mix_array, mix_seed, sample_keys, seed_microbatch, seed_run, uniforms
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
@@ -55,10 +56,10 @@ def test_python_and_numpy_agree(values: list[int]) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(uint64s, min_size=1, max_size=20), st.integers(0, 50), st.integers(1, 5))
-def test_python_and_torch_agree(values: list[int], first: int, count: int) -> None:
-    numbers = uniforms(torch.tensor([signed(value) for value in values]), count, first)
-    expected = [[(mix_seed(v + (first + i) * GOLDEN) >> 11) / 2**53 for i in range(count)] for v in values]
+@given(st.lists(uint64s, min_size=1, max_size=20), st.integers(1, 50))
+def test_python_and_torch_agree(values: list[int], count: int) -> None:
+    numbers = uniforms(torch.tensor([signed(value) for value in values]), count)
+    expected = [[(mix_seed(v + i * GOLDEN) >> 11) / 2**53 for i in range(count)] for v in values]
     assert numbers.dtype == torch.float64 and numbers.tolist() == expected
 
 
@@ -93,10 +94,18 @@ def test_a_sample_draws_the_same_in_any_company(order: list[int], size: int, see
     assert torch.equal(part, whole[chosen])
 
 
-def test_later_numbers_of_a_stream_can_be_drawn_alone() -> None:
+def test_more_numbers_of_a_stream_begin_with_the_same() -> None:
     keys = keys_of(0, 0, 10)
-    whole = uniforms(keys, 12)
-    assert torch.equal(torch.cat([uniforms(keys, 5), uniforms(keys, 7, first=5)], dim=1), whole)
+    assert torch.equal(draw(keys, "flip", 12)[:, :5], draw(keys, "flip", 5))
+
+
+def test_no_two_streams_overlap() -> None:
+    """A transform's random numbers belong to it alone, however many another one draws."""
+    keys, count = keys_of(0, 0, 20), 5_000
+    numbers = torch.cat(
+        [draw(keys, stream, count).flatten() for stream in TRANSFORMS] + [uniforms(keys, count).flatten()]
+    )
+    assert len(numbers.unique()) == len(numbers) == 20 * count * (len(TRANSFORMS) + 1)
 
 
 # ---- Quality ---------------------------------------------------------------------------------------------------------
@@ -121,6 +130,8 @@ def test_streams_and_neighbours_are_uncorrelated() -> None:
         "next epoch": uniforms(keys_of(0, 1, count), 3),
         "next seed": uniforms(keys_of(1, 0, count), 3),
         "next repeat": uniforms(keys_of(0, 0, count, repeat=1), 3),
+        "flip": draw(keys_of(0, 0, count), "flip", 3),
+        "erase": draw(keys_of(0, 0, count), "erase", 3),
     }
     # A correlation of true random numbers has the standard deviation 1 / sqrt(count).
     table = np.corrcoef(torch.cat(list(streams.values()), dim=1).T.numpy())

@@ -8,6 +8,9 @@ The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittab
 It is integer arithmetic modulo 2**64 and so gives the same bits on every device.
 """
 
+import hashlib
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,31 +59,24 @@ def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor) -> Tens
     return _mix_tensor(keys + repeats)
 
 
-def uniforms(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """Numbers `first` to `first + count - 1` of each key's stream: float64 (B, count) in [0, 1)."""
-    steps = torch.arange(first + 1, first + 1 + count, device=keys.device) * _signed(_GOLDEN)
+def uniforms(keys: Tensor, count: int) -> Tensor:
+    """The first `count` numbers of each key's own stream: float64 (B, count) in [0, 1)."""
+    steps = torch.arange(1, 1 + count, device=keys.device) * _signed(_GOLDEN)
     bits = _shift_right(_mix_tensor(keys[:, None] + steps), 11)
     return bits.to(torch.float64) * 2.0**-53
 
 
-_FIRST_OF = {
-    "padded_crop": 0,
-    "flip": 2,
-    "vertical_flip": 3,
-    "affine": 4,
-    "perspective": 10,
-    "jitter": 18,
-    "grayscale": 22,
-    "blur": 23,
-    "erase": 25,
-    "resized_crop": 30,
-    "noise": 64,
-}
-
-
 def draw(keys: Tensor, stream: str, count: int) -> Tensor:
-    """The first `count` numbers of each key's stream of that name: float64 (B, count) in [0, 1)."""
-    return uniforms(keys, count, _FIRST_OF[stream])
+    """The first `count` numbers of the stream of that name, of each key (B,): float64 (B, count) in [0, 1).
+
+    Streams of different names are unrelated: a name gives the keys another beginning each.
+    """
+    return uniforms(_mix_tensor(keys ^ _stream_seed(stream)), count)
+
+
+@cache
+def _stream_seed(stream: str) -> int:
+    return _signed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big"))
 
 
 def seed_run(seed: int) -> None:
