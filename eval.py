@@ -42,7 +42,7 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
     put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
     model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     loader = EvaluationLoader(images, data.num_classes, launch, config)

@@ -27,6 +27,7 @@ ORDER = [
     "settings.registry",
     "launch.machine",
     "launch.guards",
+    "launch.imports",
     "launch.accelerator",
     "launch.preemption",
     "launch.sharding",

@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed
 
 from lockstep.errors import UserError
 from lockstep.launch.guards import refuse_lonely_launch, require_world_size, resolve_precision, resolve_sharding
+from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.machine import end_with_launcher, keep_freed_memory, owned_cores
 from lockstep.settings.config import RuntimeConfig
 
@@ -103,6 +103,8 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     shards = resolve_sharding(config, precision)
     accelerator, host_group = _connect(config, precision, on_cpu)
     require_world_size(accelerator)
+    if not config.compile:
+        leave_compiler_out()
     cores = owned_cores()
     torch.set_num_threads(config.threads or cores)
     if on_cpu:
@@ -134,7 +136,7 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
             cpu=on_cpu,
             mixed_precision=precision,
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[_ddp_options(config), InitProcessGroupKwargs(timeout=wait)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=wait)],
         )
         if accelerator.num_processes == 1:
             return accelerator, None
@@ -165,18 +167,6 @@ def _describe_failed_connection(failure: RuntimeError, config: RuntimeConfig) ->
         f"process {rank} of {world_size} did not reach the others at {address}:{port} "
         f"({text.splitlines()[0].rstrip('.')}): one of them may have ended, or need longer than "
         f"--runtime.rendezvous_seconds={config.rendezvous_seconds}"
-    )
-
-
-def _ddp_options(config: RuntimeConfig) -> DistributedDataParallelKwargs:
-    # torch 2.15 renames broadcast_buffers; accelerate 1.15 and older torch know the old name only.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
-    return DistributedDataParallelKwargs(
-        broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
-        gradient_as_bucket_view=config.bucket_view,
-        static_graph=config.static_graph,
-        comm_hook=hook,
     )
 
 

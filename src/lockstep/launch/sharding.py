@@ -7,16 +7,19 @@ network will do; the weights of CNNs are small next to their activations. What h
 with or without sharding, on any number of processes.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.launch.accelerator import Launch
+from lockstep.settings.config import RuntimeConfig
 
 
 def shard(model: nn.Module, launch: Launch, *, compress_gradients: bool) -> None:
@@ -63,13 +66,26 @@ class ShardedNetwork(nn.Module):
         self.module.set_reshard_after_backward(enabled)
 
 
-def prepare(
-    accelerator: Accelerator, launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """The network that trains, whose gradients are averaged over processes by DDP or FSDP2, and its optimizer."""
-    by_ddp = launch.num_processes > 1 and not is_sharded(model)
-    network = accelerator.prepare_model(model, evaluation_mode=not by_ddp)  # that is autocast, without DDP
-    return ShardedNetwork(network) if is_sharded(model) else network, accelerator.prepare_optimizer(optimizer)
+def prepare(accelerator: Accelerator, launch: Launch, model: nn.Module, config: RuntimeConfig) -> nn.Module:
+    """The network that trains: in mixed precision, its gradients averaged over processes by DDP or FSDP2."""
+    # Placed it is; asked to place it, Accelerate would import all of DTensor, 2 s, to see whether it is sharded.
+    network = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # that is autocast alone
+    if is_sharded(model):
+        return ShardedNetwork(network)
+    if launch.num_processes == 1:
+        return network
+    # torch 2.15 renames broadcast_buffers; older torch knows the old name only.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    network = DistributedDataParallel(
+        network,
+        device_ids=None if launch.device.type == "cpu" else [launch.device],
+        broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
+        gradient_as_bucket_view=config.bucket_view,
+        static_graph=config.static_graph,
+    )
+    if config.compress_gradients:
+        network.register_comm_hook(None, bf16_compress_hook)
+    return network
 
 
 @contextmanager
