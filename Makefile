@@ -1,12 +1,12 @@
-# make train: set up and train on real handwritten digits.  make test: the whole test suite.  make check: lint and types.
-# make slurm-test: all of SLURM, as root (15 minutes).  make soak: a hundred kills, and nothing lost (15 minutes).
+# make train: set up and train on real handwritten digits.  make test: the tests, in minutes.  make check: lint and types.
+# make test-all: those that take longer, too.  make slurm-test: all of SLURM, as root.  make soak: a hundred kills and bit flips.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train test slurm-test soak check format clean
+.PHONY: help train test test-all slurm-test soak check format clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -34,15 +34,21 @@ train: $(READY)
 	@echo "Training on handwritten digits: accelerate launch train.py"
 	@$(LAUNCH) --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
 
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: $(DEV_READY)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(PYTEST) -m "not slow and not cluster"
+
+test-all: test
+	$(PYTEST) -m "slow and not cluster"
 
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100
+	$(BIN)/python tests/bit_flips.py --flips 100
 
 # As root, with munge, slurmctld, slurmd and slurm-client: about a quarter of an hour on two cores.
 slurm-test: $(DEV_READY)
-	LOCKSTEP_SLOW=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
+	$(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

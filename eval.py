@@ -50,7 +50,8 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     assert predictions is not None, "nothing interrupts an evaluation here"
 
     launch.say(
-        f"{request.checkpoint}, {request.split} split: {len(predictions.samples)} samples, {launch.precision_name}"
+        f"{request.checkpoint}, {request.split} split: {len(predictions.samples)} samples, {launch.precision_name}, "
+        f"{launch.num_processes} process{'es' * (launch.num_processes > 1)}"
     )
     launch.say(f"accuracy {predictions.accuracy!r} ({predictions.accuracy:.2%})  loss {predictions.loss!r}")
     launch.say(class_table(predictions, data))

@@ -16,7 +16,6 @@ if __name__ == "__main__":
         settings = parse_config()
 
 import sys
-from contextlib import nullcontext
 
 from accelerate import Accelerator
 
@@ -24,6 +23,8 @@ from lockstep.data.images import build_data
 from lockstep.data.loader import TrainLoader
 from lockstep.data.sampler import build_sampler, resolve_micro_batch_size
 from lockstep.launch.accelerator import Launch, build_accelerator, end_program
+from lockstep.launch.kernels import missing_kernels_explained
+from lockstep.launch.numerics import keep_threads
 from lockstep.launch.preemption import Preemption
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
@@ -35,6 +36,7 @@ from lockstep.run.profiler import Profiler
 from lockstep.settings.config import Config
 from lockstep.training.batchnorm import RunningStatistics
 from lockstep.training.calendar import build_calendar
+from lockstep.training.gradients import Gradients
 from lockstep.training.learner import build_learner, check_names
 from lockstep.training.loss import total
 from lockstep.training.memory import find_micro_batch_size, out_of_memory_explained
@@ -56,7 +58,7 @@ def train(config: Config) -> int:
         launch.say(run.describe_result())
         return 0
     preemption = Preemption(config.run, run.path, launch)
-    with run.failure_noted(launch), out_of_memory_explained(config):
+    with run.failure_noted(launch), out_of_memory_explained(config), missing_kernels_explained():
         try:
             return fit(begin(run, accelerator, launch, preemption))
         except Diverged as divergence:
@@ -70,6 +72,7 @@ def begin(run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemp
     """Build everything, and go to where the run was."""
     config = run.config
     micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
+    keep_threads(config.runtime, run.threads, launch)
     data = build_data(config, run.path, write=launch.is_main)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
         micro_batch_size = find_micro_batch_size(config, data, accelerator, launch)
@@ -82,19 +85,20 @@ def begin(run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemp
         launch.say(summarize_model(learner.model, data.image_shape))
     checkpointer = Checkpointer(run, launch, accelerator, learner.model, learner.optimizer, learner.average)
     progress = checkpointer.restore(checkpoint)
-    statistics = RunningStatistics(learner.model)
+    leaves = sampler.microbatches_per_step
+    gradients = Gradients(learner.network, loader.numbers, leaves, launch, config.runtime)
+    statistics = RunningStatistics(learner.model, leaves, launch)
     calendar = build_calendar(config, sampler.steps_per_epoch, has_validation=data.val is not None)
     schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
     tracker = open_tracker(run, launch, sampler, progress, calendar)
-    tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, micro_batch_size)}")
     if progress.step == 0:
         tracker.graph(learner.model, next(learner.model.parameters()).new_zeros(1, *data.image_shape))
-    meter = Meter(progress, loader.numbers, sampler.microbatches_per_step, accelerator)
+    meter = Meter(progress, loader.numbers, leaves, accelerator)
     stopwatch, profiler = Stopwatch(progress), Profiler(config.runtime, run.path, launch)
     return Training(
-        run, launch, preemption, data, loader, learner, statistics, checkpointer, progress, calendar, schedule, tracker,
-        meter, stopwatch, profiler,
+        run, launch, preemption, data, loader, learner, gradients, statistics, checkpointer, progress, calendar,
+        schedule, tracker, meter, stopwatch, profiler,
     )  # fmt: skip
 
 
@@ -116,13 +120,11 @@ def fit(t: Training) -> int:
         for number in t.loader.numbers:
             images, targets = learner.transform.train_batch(*next(batches), (config.run.seed, step, number))
             seed_microbatch(config.run.seed, step, number)
-            # DDP or FSDP2 averages over processes once per step, together with the last microbatch.
-            with nullcontext() if number == t.loader.numbers[-1] else learner.accelerator.no_sync(learner.network):
+            with t.gradients.microbatch(number):  # which adds them up, and with the last one over all processes
                 logits = learner.network(images)
                 losses = learner.loss_of(logits, targets)
-                # Summed over microbatches and averaged over processes, this is the mean over the global batch.
-                learner.accelerator.backward(total(losses) * (t.launch.num_processes / config.train.batch_size))
-            t.statistics.collect()
+                learner.accelerator.backward(total(losses) / config.train.batch_size)
+            t.statistics.collect(number)
             t.meter.add(number, losses, logits, targets)
 
         gradient_norm = finish_gradients(learner.accelerator, learner.model, config.optim)
@@ -132,7 +134,7 @@ def fit(t: Training) -> int:
             t.tracker.histograms(step + 1, histograms_of(learner.model))
         update(learner.optimizer, bad)
         learner.optimizer.zero_grad()
-        t.statistics.commit(learner.accelerator, bad)
+        t.statistics.commit(bad)
         t.meter.finish_step(bad)
         if learner.average:
             learner.average.update(learner.model, step + 1)

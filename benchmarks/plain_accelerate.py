@@ -3,20 +3,22 @@
     accelerate launch benchmarks/plain_accelerate.py --out result.json --micro_batch_size 64
 
 Same data, network, loss, kinds of augmentation, optimizer and global batch as train.py with the settings of
-launch_curves.py or speed.py; order, dropout, augmentation and batch norm as the libraries do them. Writes the losses of
-the steps and the images per second of the epochs.
+launch_distance.py or speed.py; order, dropout, augmentation and batch norm as the libraries do them. Writes the images
+per second of the epochs, and weights beside it where asked for.
 """
 
 import argparse
 import json
-import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors.torch import save_model
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -66,20 +68,19 @@ def build_parts(options: argparse.Namespace, accelerator: Accelerator) -> tuple[
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=options.workers > 0,
     )
-    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), loader)
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9), loader)
 
 
-def train_epoch(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> list[torch.Tensor]:
-    """Returns the losses of the microbatches."""
-    losses = []
+def train_epoch(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> Iterator[None]:
+    """Yields after every step."""
     for images, labels in loader:
         with accelerator.accumulate(model):
             loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(accelerator.gather(loss.detach()).mean())
-    return losses
+        if accelerator.sync_gradients:
+            yield
 
 
 def main() -> None:
@@ -90,24 +91,25 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--micro_batch_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--save_every_steps", type=int, default=0)
     options = parser.parse_args()
     on_cpu = not torch.accelerator.is_available()
     accumulation = options.batch_size // (options.micro_batch_size * Accelerator(cpu=on_cpu).num_processes)
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=accumulation)
     set_seed(0)
     model, optimizer, loader = build_parts(options, accelerator)
-    losses: list[float] = []
-    speeds = []
+    speeds, step = [], 0
     for _ in range(options.epochs):
-        begun = time.perf_counter()
-        parts = [loss.item() for loss in train_epoch(accelerator, model, optimizer, loader)]
-        images = len(parts) * options.micro_batch_size * accelerator.num_processes
-        speeds.append(images / (time.perf_counter() - begun))
-        losses += [statistics.mean(parts[i : i + accumulation]) for i in range(0, len(parts), accumulation)]
+        begun, first = time.perf_counter(), step
+        for _ in train_epoch(accelerator, model, optimizer, loader):
+            step += 1
+            if options.save_every_steps and step % options.save_every_steps == 0 and accelerator.is_main_process:
+                save_model(accelerator.unwrap_model(model), str(Path(options.out).with_name(f"{step}.safetensors")))
+        speeds.append((step - first) * options.batch_size / (time.perf_counter() - begun))
     if accelerator.is_main_process:
-        with open(options.out, "w") as file:
-            json.dump({"losses": losses, "images_per_second": speeds}, file)
+        Path(options.out).write_text(json.dumps({"images_per_second": speeds}))
 
 
 if __name__ == "__main__":

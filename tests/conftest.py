@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT
+from fork_server import ForkServer
+from programs import ROOT, environment
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +69,13 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of decoded images for the session, never the user's own."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Starts trainings without their imports, which take longer than they do."""
+    with ForkServer(environment(OMP_NUM_THREADS="1")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10-jpeg"
 
-# A small, quick run: 3 steps an epoch on the embedded digits, nothing drawn or copied to trackers.
+# A small, quick run: 5 steps an epoch on the embedded digits, nothing drawn or copied to trackers.
 QUICK = (
     "--train.batch_size=256",
     "--train.micro_batch_size=64",

@@ -2,9 +2,10 @@
 
     python tests/soak.py --kills 100 --seed 0        # or: make soak
 
-A round starts the same command again and again: kills it a few times, then lets it finish. Most rounds are forked from
-a process that has imported torch already, which leaves out ten seconds in which nothing can go wrong; the others are
-started by `accelerate launch`. What a training is doing is read off its run folder, so that nothing in it is changed.
+A round starts the same command again and again, each time on a number of processes drawn by lot: kills it a few times,
+then lets it finish. What it must equal, bit for bit, was made by one process. Most rounds are forked from a process
+that has imported torch already, which leaves out the seconds in which nothing can go wrong; the others are started by
+`accelerate launch`. What a training is doing is read off its run folder, so that nothing in it is changed.
 """
 
 import argparse
@@ -22,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from fork_server import ForkServer
-from programs import environment, free_port, launch_command, read_lines
-
-from lockstep.run.checkpoint import load_checkpoint
+from fork_server import ForkServer, rank_variables
+from programs import environment, launch_command
+from runs import differences
 
 # 20 steps in 4 epochs on half of the digits; the other half is for validation, so that it takes as long as an epoch.
 STEPS, STEPS_PER_EPOCH = 20, 5
@@ -50,6 +49,9 @@ TINY = (
     "--log.figures=false",
 )
 STREAMED = ("--data.memory_budget=0", "--data.workers=1", "--augment.mean=[0.3]", "--augment.std=[0.4]")
+BF16 = ("--runtime.precision=bf16",)
+ANY_NUMBER = (1, 2, 3, 4)
+"""Of processes: a step has 4 microbatches, so that 3 processes have uneven shares of it"""
 PHASES = ("start-up", "step", "save", "evaluation", "end")
 FINISH_SECONDS = 240.0
 LEAVE_SECONDS = 90.0
@@ -60,27 +62,34 @@ LEAVE_SECONDS = 90.0
 class Form:
     """A way to start the tiny run."""
 
-    processes: int
+    processes: tuple[int, ...] = ANY_NUMBER
+    """Each start takes one of these numbers by lot"""
     launcher: bool = False
     settings: tuple[str, ...] = ()
 
+    @property
+    def alone(self) -> "Form":
+        """The way to make what its runs are compared with."""
+        return Form((1,), settings=self.settings)
+
 
 FORMS = {
-    "alone": Form(1),
-    "with worker": Form(1, settings=STREAMED),
-    "pair": Form(2),
-    "pair with workers": Form(2, settings=STREAMED),
-    "launched": Form(1, launcher=True),
-    "launched pair": Form(2, launcher=True),
+    "elastic": Form(),
+    "elastic in bf16": Form(settings=BF16),
+    "elastic with workers": Form(settings=STREAMED),
+    "four": Form((4,)),  # DDP deals its buckets anew after the first step of each start
+    "launched": Form(launcher=True),
+    "launched pair in bf16": Form((2,), launcher=True, settings=BF16),
 }
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, and what the training was doing."""
+    """What was killed, out of how many processes, and what the training was doing."""
 
     victim: str
     phase: str
+    processes: int
 
 
 @dataclass
@@ -100,8 +109,12 @@ class Round:
 class Training:
     """One start of a form in a folder of its own, which is the working directory of all its processes and no other."""
 
-    def __init__(self, form: Form, place: Path, server: ForkServer, *more: str) -> None:
-        self.place, self.run = place, place / "runs" / "tiny"
+    def __init__(
+        self, form: Form, place: Path, server: ForkServer, *more: str, moments: random.Random | None = None
+    ) -> None:
+        """`moments` draw the number of processes; without it, the form's first one counts."""
+        processes = moments.choice(form.processes) if moments else form.processes[0]
+        self.processes, self.place, self.run = processes, place, place / "runs" / "tiny"
         self._server = server
         self._strays, self._starts = set(_strays(self.run)), _starts(self.run)
         place.mkdir(parents=True, exist_ok=True)
@@ -111,12 +124,12 @@ class Training:
         self._codes: dict[psutil.Process, int | None] = {}  # of the ranks that were forked
         if form.launcher:
             with (place / "output.txt").open("ab") as output:
-                command = [*launch_command(form.processes, "train.py"), *arguments]
+                command = [*launch_command(processes, "train.py"), *arguments]
                 self._popen = subprocess.Popen(
                     command, cwd=place, env=environment(), stdout=output, stderr=output, start_new_session=True
                 )
         else:
-            for variables in _ranks(form.processes):
+            for variables in rank_variables(processes):
                 self._codes[psutil.Process(server.start(place, arguments, environment(**variables)))] = None
                 self._begun = time.monotonic()  # the server's own start does not count
 
@@ -196,13 +209,6 @@ class Training:
         return list({*self._forked(), *processes_in(self.place)})
 
 
-def _ranks(processes: int) -> list[dict[str, str]]:
-    """What a launcher tells its ranks."""
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
 # ---- looking
 
 
@@ -264,6 +270,7 @@ class Plan:
     kills: int
     moments: random.Random
     usual_seconds: float
+    """Of one process"""
     victims: Sequence[str]
     """all, launcher or rank, in turn; all where there is no such thing"""
 
@@ -275,7 +282,7 @@ def strike(training: Training, plan: Plan, victim: str) -> Kill | None:
     """
     moments = plan.moments
     aim = moments.choice((None, None, "save", "evaluation"))
-    moment = moments.uniform(0, plan.usual_seconds)
+    moment = moments.uniform(0, plan.usual_seconds * (1 + training.processes) / 2)
     while training.is_running and (phase := training.phase()) != "end":
         if training.seconds >= moment if aim is None else phase == aim:
             break
@@ -296,14 +303,14 @@ def strike(training: Training, plan: Plan, victim: str) -> Kill | None:
         training.kill()
     phase = training.phase()
     training.leave()
-    return Kill(victim, phase)
+    return Kill(victim, phase, training.processes)
 
 
 def run_until_finished(form: Form, place: Path, server: ForkServer, plan: Plan | None = None) -> Round:
     """Start the tiny run until it is finished, killed as planned on the way."""
     done = Round(place / "runs" / "tiny")
     while True:
-        training = Training(form, place, server)
+        training = Training(form, place, server, moments=plan.moments if plan else None)
         done.starts += 1
         try:
             if plan is not None and len(done.kills) < plan.kills:
@@ -319,47 +326,6 @@ def run_until_finished(form: Form, place: Path, server: ForkServer, plan: Plan |
             training.kill()
 
 
-# ---- comparing
-
-
-def differences(run: Path, reference: Path) -> list[str]:
-    """In what two finished runs differ, apart from times: no entries if nothing was lost, changed or left over."""
-    found = []
-    for link in ("best", "last"):
-        a, b = (load_checkpoint(folder / "checkpoints" / link) for folder in (run, reference))
-        for part in ("model", "ema", "optimizer"):
-            if not _equal(getattr(a, part), getattr(b, part)):
-                found.append(f"{part} of {link}")
-        if _timeless(a.progress) != _timeless(b.progress):
-            found.append(f"progress of {link}: {a.progress} instead of {b.progress}")
-    lines = [[_timeless(line) for line in read_lines(folder)] for folder in (run, reference)]
-    if lines[0] != lines[1]:
-        places = [[(line["split"], line["step"]) for line in part] for part in lines]
-        found.append(f"metrics.jsonl: {places[0]} instead of {places[1]}" if places[0] != places[1] else "its values")
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (run, reference)]
-    found += [f"stray {name}" for name in sorted(names[0] - names[1])]
-    found += [f"missing {name}" for name in sorted(names[1] - names[0])]
-    summaries = [_timeless(json.loads((folder / "summary.json").read_text())) for folder in (run, reference)]
-    return found if summaries[0] == summaries[1] else [*found, f"summary.json: {summaries[0]}"]
-
-
-_TIMES = {"images_per_second", "train_seconds", "wall_seconds", "restarts", "finished"}
-
-
-def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _TIMES}
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
-
-
 # ---- the long version
 
 
@@ -372,7 +338,7 @@ class Soak:
     server: ForkServer
     rounds: list[Round] = field(default_factory=list)
     failures: int = 0
-    _references: dict[str, Round] = field(default_factory=dict)
+    _references: dict[tuple[str, ...], Round] = field(default_factory=dict)
 
     @property
     def hits(self) -> list[Kill]:
@@ -384,12 +350,14 @@ class Soak:
         moments = random.Random(self.seed * 1000 + number)
         # Starts by the launcher take ten times as long, so the others come twice as often.
         name = moments.choice([name for name, form in FORMS.items() for _ in range(1 if form.launcher else 2)])
-        if name not in self._references:
-            self._references[name] = run_until_finished(FORMS[name], self.place / f"reference {name}", self.server)
-        reference = self._references[name]
+        form = FORMS[name]
+        if form.settings not in self._references:
+            place = self.place / f"reference {len(self._references)}"
+            self._references[form.settings] = run_until_finished(form.alone, place, self.server)
+        reference = self._references[form.settings]
         plan = Plan(min(moments.randint(2, 6), kills), moments, reference.seconds, ("all", "launcher", "rank"))
         try:
-            done = run_until_finished(FORMS[name], self.place / f"round {number}", self.server, plan)
+            done = run_until_finished(form, self.place / f"round {number}", self.server, plan)
             wrong = differences(done.run, reference.run)
             assert not wrong, "; ".join(wrong)
         except AssertionError as error:
@@ -397,17 +365,19 @@ class Soak:
             print(f"round {number} ({name}) DIFFERS: {error}", flush=True)
             return
         self.rounds.append(done)
-        story = ", ".join(f"{kill.victim} in {kill.phase}" for kill in done.kills)
+        story = ", ".join(f"{kill.victim} of {kill.processes} in {kill.phase}" for kill in done.kills)
         print(f"round {number} ({name}): equal after kills of {story or 'nothing'}", flush=True)
 
     def summary(self) -> str:
         phases, victims = Counter(kill.phase for kill in self.hits), Counter(kill.victim for kill in self.hits)
         where = ", ".join(f"{phases[phase]} in {phase}" for phase in PHASES)
         what = ", ".join(f"{victims[victim]} {victim}" for victim in ("all", "launcher", "rank"))
+        sizes = Counter(kill.processes for kill in self.hits)
+        among = ", ".join(f"{sizes[size]} of {size}" for size in ANY_NUMBER)
         starts = sum(done.starts for done in self.rounds)
         return (
-            f"{len(self.hits)} kills ({where}; {what}) of {len(self.rounds)} runs in {starts} starts: all as if never "
-            f"killed; {self.failures} other runs"
+            f"{len(self.hits)} kills ({where}; {what}; {among} processes) of {len(self.rounds)} runs in {starts} "
+            f"starts: all as if never killed; {self.failures} other runs"
         )
 
 

@@ -67,7 +67,11 @@ def test_values_can_be_given_on_the_command_line() -> None:
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("name", "line"), [("cpu_2proc", "fp32, 2 processes,"), ("fsdp2_8gpu", "bf16, 2 processes (FSDP2)")]
+    ("name", "line"),
+    [
+        ("cpu_2proc", "fp32, 2 processes,"),
+        pytest.param("fsdp2_8gpu", "bf16, 2 processes (FSDP2)", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_start_and_can_compress_gradients(name: str, line: str, tmp_path: Path) -> None:
     file = str(ROOT / "accelerate_configs" / f"{name}.yaml")

@@ -132,6 +132,7 @@ rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 faulty = (lambda call: rank == 1 and call == 2) if processes == 2 else (lambda call: call == 5)
 learner.build_loss = spoiling(faulty)
 train.train(parse_config(sys.argv[1:]))
+train.end_program()
 """
 
 

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from programs import environment
-from soak import FORMS, Form, Training, differences, last_line, run_until_finished, send
+from runs import differences
+from soak import STREAMED, Form, Training, last_line, run_until_finished, send
 
 from lockstep.run.checkpoint import folder_of, saved_steps
 
@@ -20,20 +20,22 @@ pytestmark = pytest.mark.launch
 GONE_SECONDS = 20
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer(environment(OMP_NUM_THREADS="1")) as server:
-        yield server
+FORMS = {
+    "alone": Form((1,)),
+    "with worker": Form((1,), settings=STREAMED),
+    "pair": Form((2,)),
+    "pair with workers": Form((2,), settings=STREAMED),
+}
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Callable[[str], Path]:
-    """Uninterrupted runs, each made once."""
+    """Uninterrupted runs of one process, each made once."""
     runs: dict[str, Path] = {}
 
     def reference(form: str) -> Path:
         if form not in runs:
-            runs[form] = run_until_finished(FORMS[form], tmp_path_factory.mktemp("reference"), server).run
+            runs[form] = run_until_finished(FORMS[form].alone, tmp_path_factory.mktemp("reference"), server).run
         return runs[form]
 
     return reference

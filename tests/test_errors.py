@@ -1,6 +1,8 @@
 """Who gets one line and who a traceback, and what is suggested for a misspelt name."""
 
 import errno
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,15 @@ from lockstep.settings.cli import parse_config
 
 
 @pytest.fixture(autouse=True)
-def first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def first_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of a machine; and the program whose end is tested here goes on, so that its alarm must not ring."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    numbers = (signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    signal.alarm(0)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_a_users_mistake_found_by_lockstep_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

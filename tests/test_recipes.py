@@ -48,7 +48,9 @@ def test_says_nothing_of_hardware_and_sets_its_microbatch(name: str) -> None:
     assert config.runtime.threads is None and config.runtime.precision in ("launch", "auto")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "imagenet" in name else []) for name in RECIPES]
+)
 def test_trains(name: str, train_here: Any, tmp_path: Path) -> None:
     config = parse_config(["--config", str(ROOT / "configs" / name)])
     shape = STAND_INS[config.data.source]

@@ -1,10 +1,9 @@
 """The templates of slurm/, as they are, on a real two-node cluster: equal weights, and every way for a job to end.
 
-`make slurm-test` runs all of it (a quarter of an hour on two cores), `make test` the part that is not marked slow.
+`make slurm-test` runs all of it (a quarter of an hour on two cores), `make test-all` what is not marked `cluster`.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from lockstep.models.weights import load_weights
 
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
 SHELL_FILES = [*TEMPLATES, *sorted((ROOT / "slurm").glob("*.sh"))]
-slow = pytest.mark.skipif(not os.environ.get("LOCKSTEP_SLOW"), reason="slow: `make slurm-test` runs it")
+cluster_only = pytest.mark.cluster
 pytestmark = pytest.mark.launch
 
 # Steps of 4 microbatches for up to 4 processes; equal to rounding between launches.
@@ -165,6 +164,7 @@ def test_templates_have_one_block_to_edit_and_their_directives_count(path: Path)
 # ---- the same training
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process(site: Site, reference: Path) -> None:
     job = site.submit("multi_node", *RECIPE, LONG, "--run.name=nodes")
     site.completed(job, restarts=0)
@@ -174,7 +174,8 @@ def test_two_nodes_train_as_one_process(site: Site, reference: Path) -> None:
     assert "node1 node2 x 2 processes of 1 threads, meeting at node1" in site.printed(job)
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=cluster_only)])
 def test_preempted_job_goes_on_where_it_was(nodes: int, site: Site, reference: Path) -> None:
     name = f"preempted{nodes}"
     settings = (*RECIPE, LONG, f"--run.name={name}", "--log.wandb=auto")
@@ -193,6 +194,7 @@ def test_preempted_job_goes_on_where_it_was(nodes: int, site: Site, reference: P
     assert len(copies) == 2 and len(set(copies)) == 1, "one W&B run for life"
 
 
+@pytest.mark.slow
 def test_cancelled_job_stays_cancelled(site: Site) -> None:
     job = site.submit("cpu", *RECIPE, LONG, "--run.name=cancelled", options=("--cpus-per-task=2",))
     run = site.run_at_step("cancelled", 10, job)
@@ -205,7 +207,8 @@ def test_cancelled_job_stays_cancelled(site: Site) -> None:
     assert site.cluster.jobs(job)[0].state == "CANCELLED" and "requeueing" not in site.printed(job)
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(5, marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [1, pytest.param(5, marks=cluster_only)])
 def test_array_trains_each_task_alone_and_fails_one_that_is_not_there(tasks: int, site: Site) -> None:
     name = f"sweep{tasks}.yaml"
     rates = [0.01 * (task + 1) for task in range(tasks)]
@@ -223,7 +226,7 @@ def test_array_trains_each_task_alone_and_fails_one_that_is_not_there(tasks: int
     assert len([config for config in configs if f"group: '{job}'" in config]) == tasks, "each its run, grouped"
 
 
-@slow
+@cluster_only
 def test_stopped_array_task_goes_on_alone(site: Site, reference: Path) -> None:
     """The last task's number is the array's own: a requeue by that number would start all of them again."""
     (site.folder / "seeds.yaml").write_text("method: grid\nparameters: {run.seed: {values: [0, 1]}}\n")
@@ -246,7 +249,7 @@ def test_stopped_array_task_goes_on_alone(site: Site, reference: Path) -> None:
 # ---- all templates
 
 
-@slow
+@cluster_only
 @pytest.mark.parametrize(
     ("template", "options", "processes"),
     [
@@ -267,7 +270,7 @@ def test_template_trains_as_one_process(
     assert_same_training(site.folder / "runs" / name, reference)
 
 
-@slow
+@cluster_only
 def test_evaluation_and_the_same_command_again(site: Site, reference: Path) -> None:
     job = site.submit("eval", "--run", "runs/reference", options=("--cpus-per-task=1",))
     site.completed(job, restarts=0)
@@ -278,7 +281,7 @@ def test_evaluation_and_the_same_command_again(site: Site, reference: Path) -> N
     assert "is finished" in site.printed(again)
 
 
-@slow
+@cluster_only
 def test_agent_is_started_for_the_sweep(site: Site) -> None:
     """With a stand-in for wandb: there is no server here."""
     stand_in = site.folder / ".venv/bin/wandb"
@@ -295,7 +298,7 @@ def test_agent_is_started_for_the_sweep(site: Site) -> None:
 # ---- stopped and started again
 
 
-@slow
+@cluster_only
 @pytest.mark.parametrize("to", ["--batch --signal=USR2", "--batch --signal=USR1", "--signal=USR2", "--signal=TERM"])
 def test_signal_saves_and_requeues(to: str, site: Site, reference: Path) -> None:
     name = to.replace(" ", "").replace("=", "")
@@ -308,7 +311,7 @@ def test_signal_saves_and_requeues(to: str, site: Site, reference: Path) -> None
     assert_same_training(run, reference)
 
 
-@slow
+@cluster_only
 def test_signal_during_the_start_is_not_lost(site: Site, reference: Path) -> None:
     """Nobody answers it before torch is there."""
     job = site.submit("cpu", *RECIPE, LONG, "--run.name=early", options=("--cpus-per-task=2",))
@@ -319,7 +322,7 @@ def test_signal_during_the_start_is_not_lost(site: Site, reference: Path) -> Non
     assert_same_training(site.folder / "runs" / "early", reference)
 
 
-@slow
+@cluster_only
 def test_usr1_to_all_processes_is_not_for_us(site: Site, reference: Path) -> None:
     job = site.submit("multi_node", *RECIPE, LONG, "--run.name=usr1", options=ONE_EACH)
     site.run_at_step("usr1", 20, job)
@@ -328,7 +331,7 @@ def test_usr1_to_all_processes_is_not_for_us(site: Site, reference: Path) -> Non
     assert_same_training(site.folder / "runs" / "usr1", reference)
 
 
-@slow
+@cluster_only
 def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     template = site.folder / "slurm" / "multi_node.sbatch"
     before = template.read_text()
@@ -358,7 +361,7 @@ def test_requeues_have_a_limit_and_a_stop_file_ends_a_job(site: Site) -> None:
     assert starts(run) == [2, 2, 1]
 
 
-@slow
+@cluster_only
 def test_time_limit_saves_and_goes_on(site: Site) -> None:
     settings = (*RECIPE, "--run.name=limit", "--train.epochs=4000", "--train.max_steps=20000")
     job = site.submit("multi_node", *settings, options=("--time=2", "--signal=B:USR2@20", *ONE_EACH))
@@ -371,7 +374,7 @@ def test_time_limit_saves_and_goes_on(site: Site) -> None:
     assert len(steps) > 5 and steps == sorted(set(steps))
 
 
-@slow
+@cluster_only
 def test_lost_node_comes_back_and_training_goes_on(site: Site, reference: Path) -> None:
     settings = (*RECIPE, LONG, "--run.name=lost", "--checkpoint.every_steps=10")
     job = site.submit("preemptible", *settings, options=ONE_EACH)
@@ -389,7 +392,7 @@ def test_lost_node_comes_back_and_training_goes_on(site: Site, reference: Path) 
 # ---- what goes wrong
 
 
-@slow
+@cluster_only
 def test_taken_port_is_left_for_the_next(site: Site) -> None:
     settings = (*RECIPE, "--train.epochs=1", "--run.name=port")
     job = site.submit("multi_node", *settings, options=("--hold", *ONE_EACH))
@@ -405,7 +408,7 @@ def test_taken_port_is_left_for_the_next(site: Site) -> None:
     assert f"meeting at node1:{port + 1}" in site.printed(job)
 
 
-@slow
+@cluster_only
 def test_killed_rank_ends_the_job(site: Site) -> None:
     job = site.submit("preemptible", *RECIPE, LONG, "--run.name=killed", options=ONE_EACH)
     site.run_at_step("killed", 20, job)
@@ -417,7 +420,7 @@ def test_killed_rank_ends_the_job(site: Site) -> None:
     assert "exitcode" in site.printed(job) and "-9" in site.printed(job)
 
 
-@slow
+@cluster_only
 def test_wrong_number_of_tasks_is_refused(site: Site) -> None:
     job = site.submit("multi_node", *RECIPE, options=("--ntasks-per-node=2", *TWO_BY_TWO))
     (end,) = site.finish(job, 30)
@@ -425,7 +428,7 @@ def test_wrong_number_of_tasks_is_refused(site: Site) -> None:
     assert "this job has 2(x2) tasks per node" in site.printed(job) and "--ntasks-per-node=1" in site.printed(job)
 
 
-@slow
+@cluster_only
 @pytest.mark.parametrize(
     ("argument", "code", "message"),
     [

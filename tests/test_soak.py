@@ -1,31 +1,27 @@
-"""A training killed by SIGKILL at five random moments, by the harness that does it a hundred times in `make soak`."""
+"""A training killed by SIGKILL at six random moments, by the harness that does it a hundred times in `make soak`."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from programs import environment
-from soak import FORMS, PHASES, Plan, Training, differences, processes_in, run_until_finished
+from runs import differences
+from soak import FORMS, PHASES, Plan, Training, processes_in, run_until_finished
 
 pytestmark = pytest.mark.launch
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer(environment(OMP_NUM_THREADS="1")) as server:
-        yield server
-
-
 @pytest.mark.parametrize(
     ("form", "kills", "victims"),
-    [("with worker", 3, ("all",)), ("launched pair", 2, ("launcher", "rank"))],
+    [
+        ("elastic in bf16", 4, ("all", "rank")),
+        pytest.param("launched", 2, ("launcher", "rank"), marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_random_moments_is_as_never_killed(
     form: str, kills: int, victims: tuple[str, ...], tmp_path: Path, server: ForkServer
 ) -> None:
-    reference = run_until_finished(FORMS[form], tmp_path / "reference", server)
+    reference = run_until_finished(FORMS[form].alone, tmp_path / "reference", server)
     moments, hits = random.Random(3), 0
     for number in range(kills):  # a run that ended before its time leaves kills for another
         place = tmp_path / f"killed {number}"
@@ -42,8 +38,9 @@ def test_killed_at_random_moments_is_as_never_killed(
 
 def test_the_comparison_would_notice(tmp_path: Path, server: ForkServer) -> None:
     """A line twice, a lost one, another value, a stray file, another seed."""
-    reference = run_until_finished(FORMS["alone"], tmp_path / "reference", server).run
-    run = run_until_finished(FORMS["alone"], tmp_path / "run", server).run
+    alone = FORMS["elastic"].alone
+    reference = run_until_finished(alone, tmp_path / "reference", server).run
+    run = run_until_finished(alone, tmp_path / "run", server).run
     history = run / "metrics.jsonl"
     lines = history.read_text().splitlines(keepends=True)
     assert differences(run, reference) == []
@@ -53,6 +50,6 @@ def test_the_comparison_would_notice(tmp_path: Path, server: ForkServer) -> None
     history.write_text("".join(lines))
     (run / "checkpoints" / ".tmp_step_00000099").mkdir()
     assert differences(run, reference) == ["stray checkpoints/.tmp_step_00000099"]
-    other = Training(FORMS["alone"], tmp_path / "other", server, "--run.seed=1")
+    other = Training(alone, tmp_path / "other", server, "--run.seed=1")
     assert other.finish() == 0
     assert {"model of last", "ema of best", "optimizer of last"} <= set(differences(other.run, reference))

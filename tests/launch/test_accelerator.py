@@ -99,7 +99,7 @@ def test_a_plain_start_is_one_process() -> None:
     assert (launch.num_processes, launch.process_index, launch.local_process_index) == (1, 0, 0)
     assert launch.is_main and launch.precision == "no" and launch.device == accelerator.device == torch.device("cpu")
     facts = {"device": "cpu", "processes": 1, "accumulation": 4, "fsdp": False, "precision": "no", "threads": 1}
-    assert launch.as_dict(accumulation=4) == facts
+    assert launch.as_dict(microbatches=4) == facts
     assert accelerator.gradient_accumulation_steps == 1
 
 
@@ -190,6 +190,8 @@ def test_the_first_line_says_what_is_in_force(capsys: pytest.CaptureFixture[str]
     line = main.describe(64, 8)
     for part in ("cpu", "bf16", "2 processes", "64 samples = 8 (microbatch) x 2 (processes) x 4 (accumulation)"):
         assert part in line
+    odd = Launch(torch.device("cpu"), 3, 0, 0, "bf16", 4).describe(64, 8)
+    assert "64 samples = 8 (microbatch) x 8 (microbatches), at most 3 on one of 3 processes" in odd
     assert Launch(torch.device("cpu"), 1, 0, 0, "no", 4).describe(64, 8).startswith("cpu, fp32, 1 process,")
     main.say("hello")
     Launch(torch.device("cpu"), 2, 1, 1, "no", 4).say("not me")

@@ -92,7 +92,7 @@ def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Dat
 
 def run_in(folder: Path, **log: Any) -> Run:
     run = Run(folder / "run", config_of(folder, **log), {})
-    run.create(64)
+    run.create(64, threads=1)
     return run
 
 

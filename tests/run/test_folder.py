@@ -32,7 +32,7 @@ def folder_contents(root: Path) -> dict[str, bytes]:
 def begun(tmp_path: Path) -> Run:
     """A run that was started and killed at once."""
     run = opened(config_in(tmp_path))
-    run.create(64)
+    run.create(64, threads=1)
     return run
 
 
@@ -45,7 +45,7 @@ def test_a_new_run_is_empty_and_opening_it_writes_nothing(tmp_path: Path) -> Non
 
 def test_create_writes_settings_that_load_as_an_equal_config(begun: Run) -> None:
     assert load_config(begun.path / "config.yaml") == begun.config
-    begun.create(64)  # a restart creates again
+    begun.create(64, threads=1)  # a restart creates again
     assert load_config(begun.path / "config.yaml") == begun.config
 
 
@@ -55,6 +55,7 @@ def test_an_unfinished_run_goes_on(begun: Run) -> None:
     assert again.path == begun.path and again.summary == begun.summary | {
         "state": "running",
         "micro_batch_size": 64,
+        "threads": 1,
         "restarts": 1,
     }
     assert not again.is_finished and not again.has_checkpoint
@@ -100,7 +101,7 @@ def test_settings_that_do_not_shape_the_result_may_change(begun: Run) -> None:
 def test_tuples_do_not_look_changed_after_a_reload(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     config = replace(config, augment=replace(config.augment, jitter=(0.1, 0.2), mean=(0.5,), std=(0.25,)))
-    opened(config).create(64)
+    opened(config).create(64, threads=1)
     assert opened(config).path.is_dir()
 
 
@@ -122,6 +123,13 @@ def test_settings_that_cannot_be_read_are_named(begun: Run) -> None:
         opened(begun.config)
 
 
+def test_what_the_first_start_had_is_kept(begun: Run) -> None:
+    """Another microbatch, or another number of CPU threads, would be another training."""
+    again = opened(begun.config)
+    again.create(32, threads=4)
+    assert (again.micro_batch_size, again.threads) == (64, 1) == (opened(begun.config).micro_batch_size, again.threads)
+
+
 def test_a_half_written_summary_does_not_stop_a_restart(begun: Run) -> None:
     (begun.path / "summary.json").write_text('{"state": "finis')
     assert opened(begun.config).summary == {}
@@ -131,6 +139,6 @@ def test_write_summary_merges(begun: Run) -> None:
     begun.write_summary(state="running", restarts=0)
     begun.write_summary(state="finished", test_accuracy=0.9)
     summary = json.loads((begun.path / "summary.json").read_text())
-    assert summary == {"state": "finished", "micro_batch_size": 64, "restarts": 0, "test_accuracy": 0.9}
+    assert summary == {"state": "finished", "micro_batch_size": 64, "threads": 1, "restarts": 0, "test_accuracy": 0.9}
     assert opened(begun.config).summary == summary
     assert begun.summary == {}, "a Run shows what was found when it was opened"

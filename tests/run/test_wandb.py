@@ -123,6 +123,7 @@ def test_wandb_that_cannot_start_is_one_warning(tmp_path: Path, wandb_home: Path
     assert len(read_history(tmp_path)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals")
 def test_wandb_that_hangs_holds_up_neither_the_end_nor_the_exit(tmp_path: Path, wandb_home: Path) -> None:
     code = f"""

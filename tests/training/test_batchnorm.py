@@ -5,19 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lockstep.launch.accelerator import Launch
 from lockstep.models.network import build_model, convert_to_sync_batchnorm
 from lockstep.settings.config import ModelConfig
 from lockstep.training.batchnorm import RunningStatistics
 
 MOMENTUM, ACCUMULATION = 0.2, 3
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
 
 
 def network(dimensions: int) -> nn.Sequential:
@@ -37,25 +32,27 @@ def statistics_of(batch: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(1), values.var(1, unbiased=True)
 
 
-def step(
-    model: nn.Module, statistics: RunningStatistics, batches: list[Tensor], accelerator: Accelerator, bad: bool = False
-) -> None:
+def statistics_over(model: nn.Module, leaves: int = ACCUMULATION) -> RunningStatistics:
+    return RunningStatistics(model, leaves, Launch(torch.device("cpu"), 1, 0, 0, "no", 1))
+
+
+def step(model: nn.Module, statistics: RunningStatistics, batches: list[Tensor], bad: bool = False) -> None:
     model.train()
-    for batch in batches:
+    for number, batch in enumerate(batches):
         model(batch)
-        statistics.collect()
-    statistics.commit(accelerator, torch.tensor(bad))
+        statistics.collect(number)
+    statistics.commit(torch.tensor(bad))
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])
-def test_one_momentum_step_from_the_mean_over_microbatches(dimensions: int, accelerator: Accelerator) -> None:
+def test_one_momentum_step_from_the_mean_over_microbatches(dimensions: int) -> None:
     model = network(dimensions)
     layer: Any = model[0]
-    statistics = RunningStatistics(model)
+    statistics = statistics_over(model)
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for seed in range(3):
         batches = microbatches(dimensions, seed=seed)
-        step(model, statistics, batches, accelerator)
+        step(model, statistics, batches)
         means, variances = zip(*map(statistics_of, batches), strict=True)
         mean = (1 - MOMENTUM) * mean + MOMENTUM * torch.stack(means).mean(0)
         var = (1 - MOMENTUM) * var + MOMENTUM * torch.stack(variances).mean(0)
@@ -65,34 +62,25 @@ def test_one_momentum_step_from_the_mean_over_microbatches(dimensions: int, acce
         assert layer.num_batches_tracked == seed + 1, "steps are counted, not microbatches"
 
 
-def test_without_accumulation_it_is_what_torch_does(accelerator: Accelerator) -> None:
+def test_without_accumulation_it_is_what_torch_does() -> None:
     ours, theirs = network(2), network(2)
-    statistics = RunningStatistics(ours)
+    statistics = statistics_over(ours, leaves=1)
     for batch in microbatches(2, 4):
-        step(ours, statistics, [batch], accelerator)
+        step(ours, statistics, [batch])
         theirs.train()(batch)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=0)
 
 
-def test_the_order_of_microbatches_does_not_matter(accelerator: Accelerator) -> None:
-    results = []
-    for order in ((0, 1, 2), (2, 0, 1)):
-        model, batches = network(2), microbatches(2)
-        step(model, RunningStatistics(model), [batches[i] for i in order], accelerator)
-        results.append(model.state_dict()["0.running_var"])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
-
-
-def test_the_batch_itself_is_normalised_as_ever(accelerator: Accelerator) -> None:
+def test_the_batch_itself_is_normalised_as_ever() -> None:
     ours, theirs = network(2), network(2)
-    RunningStatistics(ours)
+    statistics_over(ours)
     batch = microbatches(2)[1]
     assert torch.equal(ours.train()(batch), theirs.train()(batch))
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/test_efficientnet"])
-def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
+def test_networks_of_timm(name: str) -> None:
     """The second has timm's BatchNormAct2d, with a forward of its own; its statistics are seen by a hook."""
     from timm.layers import BatchNormAct2d
 
@@ -107,7 +95,7 @@ def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
     for n, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, inputs, n=n: seen[n].append(statistics_of(inputs[0].detach())))
     images = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
-    step(model, RunningStatistics(model), images, accelerator)
+    step(model, statistics_over(model, leaves=2), images)
     for n, layer in layers.items():
         means, variances = (torch.stack(parts).mean(0) for parts in zip(*seen[n], strict=True))
         for got, old, new in ((layer.running_mean, before[n][0], means), (layer.running_var, before[n][1], variances)):
@@ -116,10 +104,10 @@ def test_networks_of_timm(name: str, accelerator: Accelerator) -> None:
         assert layer.num_batches_tracked == 1
 
 
-def test_each_layer_keeps_its_own_momentum(accelerator: Accelerator) -> None:
+def test_each_layer_keeps_its_own_momentum() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.BatchNorm1d(3, momentum=0.1)).double()
     inputs = microbatches(1)[2] * 3
-    step(model, RunningStatistics(model), [inputs], accelerator)
+    step(model, statistics_over(model, leaves=1), [inputs])
     mean, _ = statistics_of(inputs)
     torch.testing.assert_close(model[0].running_mean, 0.5 * mean)
     # The second layer sees normalised input: mean 0, variance n / (n - 1).
@@ -129,54 +117,56 @@ def test_each_layer_keeps_its_own_momentum(accelerator: Accelerator) -> None:
 def test_momentum_none_is_refused_with_the_layers_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=None))
     with pytest.raises(ValueError, match=r"^batch norm 1 .*give it a momentum$"):
-        RunningStatistics(model)
+        statistics_over(model)
 
 
-def test_networks_without_statistics_are_left_alone(accelerator: Accelerator) -> None:
+def test_networks_without_statistics_are_left_alone() -> None:
     for layer in (nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3)):
         model = nn.Sequential(layer).double()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        step(model, RunningStatistics(model), microbatches(1), accelerator)
+        step(model, statistics_over(model), microbatches(1))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_bad_step_leaves_no_trace_but_its_count(accelerator: Accelerator) -> None:
+def test_a_bad_step_leaves_no_trace_but_its_count() -> None:
     with_bad, without = network(2), network(2)
     spoilt = [batch.index_fill(0, torch.tensor([1]), torch.inf) for batch in microbatches(2)]
-    statistics, reference = RunningStatistics(with_bad), RunningStatistics(without)
+    statistics, reference = statistics_over(with_bad), statistics_over(without)
     for batches, bad in ((microbatches(2, seed=2), False), (spoilt, True), (microbatches(2, seed=3), False)):
-        step(with_bad, statistics, batches, accelerator, bad)
+        step(with_bad, statistics, batches, bad)
         if not bad:
-            step(without, reference, batches, accelerator)
+            step(without, reference, batches)
     for name in ("running_mean", "running_var"):
         assert torch.equal(getattr(with_bad[0], name), getattr(without[0], name)), name
     assert with_bad[0].num_batches_tracked == 3, "a skipped step is a step"
 
 
-def test_going_on_from_a_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_going_on_from_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     batches = [microbatches(2, seed=seed) for seed in range(4)]
     straight = network(2)
-    statistics = RunningStatistics(straight)
+    statistics = statistics_over(straight)
     for each in batches[:2]:
-        step(straight, statistics, each, accelerator)
+        step(straight, statistics, each)
     torch.save(straight.state_dict(), tmp_path / "weights.pt")
     for each in batches[2:]:
-        step(straight, statistics, each, accelerator)
+        step(straight, statistics, each)
 
     fresh = network(2)
     fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    resumed = RunningStatistics(fresh)  # as train.py: the weights come first
+    resumed = statistics_over(fresh)  # as train.py: the weights come first
     for each in batches[2:]:
-        step(fresh, resumed, each, accelerator)
+        step(fresh, resumed, each)
     late = network(2)
-    reloaded = RunningStatistics(late)
-    step(late, reloaded, batches[3], accelerator)
+    reloaded = statistics_over(late)
+    step(late, reloaded, batches[3])
     late(batches[0][0])
-    reloaded.collect()  # a step that was given up
+    reloaded.collect(0)  # a step that was given up
     late.load_state_dict(torch.load(tmp_path / "weights.pt"))
     reloaded.reload()
     for each in batches[2:]:
-        step(late, reloaded, each, accelerator)
+        step(late, reloaded, each)
     for model in (fresh, late):
         for name, value in straight.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lockstep.augment.geometry import crop_boxes
 from lockstep.data.images import SKIPPED_LABEL, ImageSet
-from lockstep.data.sampler import Microbatch, Sampler
+from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.machine import signal_at_death_of_parent
@@ -50,7 +50,7 @@ class TrainLoader:
 
     def __init__(self, data: ImageSet, sampler: Sampler, launch: Launch, config: Config) -> None:
         self.sampler = sampler
-        self.numbers = range(launch.process_index, sampler.microbatches_per_step, launch.num_processes)
+        self.numbers = block_of(launch.process_index, launch.num_processes, sampler.microbatches_per_step)
         """Numbers of this process's microbatches within each step"""
         self._data, self._launch, self._config = data, launch, config
         self._labels = data.labels.to(launch.device)

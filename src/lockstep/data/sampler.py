@@ -146,28 +146,43 @@ def build_sampler(config: Config, labels: np.ndarray, micro_batch_size: int) -> 
     )
 
 
+def block_of(process: int, processes: int, microbatches: int) -> range:
+    """Numbers of the microbatches of a process: contiguous blocks, whose sizes differ by one at most."""
+    return range(process * microbatches // processes, (process + 1) * microbatches // processes)
+
+
 def resolve_micro_batch_size(config: Config, num_processes: int, kept: int | None = None) -> int:
     """The samples of one forward/backward; for auto, the most that it may be.
 
-    Where the setting leaves it open, `kept`, that of an earlier start of the run, counts. Raises UserError with a
-    launch that fits where the numbers do not.
+    Where the setting leaves it open, `kept`, that of an earlier start of the run, counts, else one microbatch for each
+    process. Raises UserError with numbers that fit where these do not: a process needs a microbatch.
     """
     batch_size, micro_batch_size = config.train.batch_size, config.train.micro_batch_size
     given = micro_batch_size if isinstance(micro_batch_size, int) else kept
-    micro = given or batch_size // num_processes
-    if micro and batch_size % (micro * num_processes) == 0:
-        if config.runtime.static_graph and batch_size > micro * num_processes:  # torch 2.15 fails an assertion
-            raise UserError("--runtime.static_graph=true does not go with accumulation: leave one of them out")
-        return micro
-    microbatches = batch_size // micro if given else batch_size
-    fitting = [str(n) for n in range(1, microbatches + 1) if microbatches % n == 0]
-    nearest = sorted(fitting, key=lambda n: abs(int(n) - num_processes))[:2]
-    step = (micro or 1) * num_processes
-    below = batch_size // step * step
-    sizes = " or ".join(str(size) for size in (below, below + step) if size)
-    smaller = [size for size in range(1, micro) if batch_size % (size * num_processes) == 0]
-    shrink = f", or micro_batch_size to {smaller[-1]} (other batch statistics)" if smaller else ""
-    raise UserError(
-        f"--train.batch_size={batch_size} is not a multiple of {micro or 1} (micro_batch_size) x {num_processes} "
-        f"(processes): launch {' or '.join(sorted(nearest, key=int))} processes, or set batch_size to {sizes}{shrink}"
-    )
+    if given is None and batch_size % num_processes and batch_size > num_processes:
+        nearest = sorted(_divisors(batch_size), key=lambda n: abs(n - num_processes))[:2]
+        raise UserError(
+            f"--train.batch_size={batch_size} is not a multiple of {num_processes} processes: set "
+            f"--train.micro_batch_size (then any number of processes up to batch_size / micro_batch_size will do), or "
+            f"launch {' or '.join(map(str, sorted(nearest)))} processes"
+        )
+    micro = given or max(1, batch_size // num_processes)
+    microbatches = batch_size // micro
+    if microbatches < num_processes:
+        raise UserError(
+            f"a step has {microbatches} microbatch{'es' * (microbatches > 1)} (--train.batch_size={batch_size} / "
+            f"micro_batch_size {micro}), which is too few for {num_processes} processes: launch at most {microbatches}"
+            + (f", or set micro_batch_size to {_largest_fitting(batch_size, num_processes)}" if given else "")
+        )
+    if config.runtime.static_graph and microbatches > num_processes:  # torch 2.15 fails an assertion
+        raise UserError("--runtime.static_graph=true does not go with accumulation: leave one of them out")
+    return micro
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _largest_fitting(batch_size: int, num_processes: int) -> int:
+    """The largest microbatch of which a batch has one for each process."""
+    return max((size for size in _divisors(batch_size) if batch_size // size >= num_processes), default=1)

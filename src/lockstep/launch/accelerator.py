@@ -16,6 +16,7 @@ from torch import distributed
 from lockstep.errors import UserError
 from lockstep.launch.guards import refuse_lonely_launch, require_world_size, resolve_precision, resolve_sharding
 from lockstep.launch.imports import leave_compiler_out
+from lockstep.launch.kernels import choose_kernels
 from lockstep.launch.machine import end_with_launcher, keep_freed_memory, owned_cores
 from lockstep.settings.config import RuntimeConfig
 
@@ -35,14 +36,19 @@ class Launch:
     precision: str
     cores: int
     """CPU cores this process may use as its own"""
-    is_sharded: bool = False
-    """FSDP2 instead of DDP"""
+    fsdp: bool = False
+    """FSDP2 is asked for"""
     host_group: Any = None
     """Process group of its own for messages between hosts (gloo, also where gradients go by NCCL); None: one process"""
 
     @property
     def is_main(self) -> bool:
         return self.process_index == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are cut among processes."""
+        return self.fsdp and self.num_processes > 1
 
     @property
     def precision_name(self) -> str:
@@ -55,7 +61,7 @@ class Launch:
 
     def alone(self) -> "Launch":
         """This process as if there were no others."""
-        return replace(self, num_processes=1, process_index=0, is_sharded=False, host_group=None)
+        return replace(self, num_processes=1, process_index=0, host_group=None)
 
     def decide(self, choose: Callable[[], Choice]) -> Choice:
         """What `choose` returns on the main process, told to all others; a UserError of its is raised on all alike."""
@@ -71,26 +77,37 @@ class Launch:
             raise outcome[1]
         return outcome[0]
 
-    def as_dict(self, accumulation: int) -> dict[str, Any]:
+    def gather(self, own: Any) -> list[Any]:
+        """What every process has, by rank: told among hosts, never through the device; every process must take part."""
+        gathered = [own] * self.num_processes
+        if self.host_group is not None:
+            distributed.all_gather_object(gathered, own, group=self.host_group)
+        return gathered
+
+    def as_dict(self, microbatches: int) -> dict[str, Any]:
         """For environment.json."""
         return {
             "device": self.device.type,
             "processes": self.num_processes,
-            "accumulation": accumulation,
+            "accumulation": -(-microbatches // self.num_processes),
             "fsdp": self.is_sharded,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
 
     def describe(self, batch_size: int, micro_batch_size: int) -> str:
-        """One line: device, precision, processes, accumulation."""
-        accumulation = batch_size // (micro_batch_size * self.num_processes)
+        """One line: device, precision, processes, accumulation (the most of any process)."""
+        microbatches = batch_size // micro_batch_size
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
         processes += " (FSDP2)" if self.is_sharded else ""
+        each = -(-microbatches // self.num_processes)
+        shares = f"{self.num_processes} (processes) x {each} (accumulation)"
+        if microbatches % self.num_processes:
+            shares = f"{microbatches} (microbatches), at most {each} on one of {self.num_processes} processes"
         return (
             f"{self.device.type}, {self.precision_name}, {processes}, "
             f"{torch.get_num_threads()} CPU threads each; a step is {batch_size} samples = "
-            f"{micro_batch_size} (microbatch) x {self.num_processes} (processes) x {accumulation} (accumulation)"
+            f"{micro_batch_size} (microbatch) x {shares}"
         )
 
 
@@ -98,6 +115,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     """Start the process group; raises UserError, naming a launch that works, if this one is not what it seems."""
     end_with_launcher()
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    choose_kernels(config, on_cpu=on_cpu)
     precision = resolve_precision(config, on_cpu)
     refuse_lonely_launch()
     shards = resolve_sharding(config, precision)
@@ -109,9 +127,6 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     torch.set_num_threads(config.threads or cores)
     if on_cpu:
         keep_freed_memory()
-    if config.dtype == "float32" and not on_cpu:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
     return accelerator, Launch(
         accelerator.device,
         accelerator.num_processes,
@@ -119,7 +134,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         accelerator.local_process_index,
         precision,
         cores,
-        is_sharded=shards and accelerator.num_processes > 1,
+        fsdp=shards,
         host_group=host_group,
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def has_fast_bf16(on_cpu: bool) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def cpu_model() -> str:
+    """Name, family and model of the CPU, and the instructions that torch's kernels use on it: `... (25/17, AVX512)`."""
+    fields = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{fields['cpu family']}/{fields['model']}"] if {"cpu family", "model"} <= fields.keys() else []
+    return f"{name} ({', '.join([*numbers, torch.backends.cpu.get_cpu_capability()])})"
 
 
 def keep_freed_memory() -> None:

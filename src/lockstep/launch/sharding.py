@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.launch.accelerator import Launch
@@ -23,16 +22,26 @@ from lockstep.settings.config import RuntimeConfig
 
 
 def shard(model: nn.Module, launch: Launch, *, compress_gradients: bool) -> None:
-    """Cut the parameters of a network, in place, if the launch asks for it; `compress_gradients` sends them as bf16."""
+    """Cut the parameters of a network, in place, if the launch asks for it; `compress_gradients` sends them as bf16.
+
+    FSDP2 refuses parameters in another layout than torch's own (torch 2.15), and a layout has kernels of its own: one
+    process alone, which cuts nothing, takes it too, so that its bits are those of several.
+    """
+    if launch.fsdp:
+        model.to(memory_format=torch.contiguous_format)
     if not launch.is_sharded:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(launch.device.type, (launch.num_processes,))
-    model.to(memory_format=torch.contiguous_format)  # FSDP2 refuses parameters in another layout (torch 2.15)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    # A parameter of no dimension cannot be cut: each process keeps it whole.
+    whole_ones = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=whole_ones)
+    sharded: Any = model
+    sharded.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is divided by the global batch already
+    sharded.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(what: Tensor | nn.Module) -> bool:
@@ -55,19 +64,21 @@ class ShardedNetwork(nn.Module):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within it gradients add up on each process, and the gathered weights stay for the next microbatch."""
-        self._sync(False)
+        self.module.set_requires_gradient_sync(False)
+        self.module.set_reshard_after_backward(False)
         try:
             yield
         finally:
-            self._sync(True)
+            self.module.set_requires_gradient_sync(True)
+            self.module.set_reshard_after_backward(True)
 
-    def _sync(self, enabled: bool) -> None:
-        self.module.set_requires_gradient_sync(enabled)
-        self.module.set_reshard_after_backward(enabled)
+    def reduce_by(self, reduce_scatter: Any) -> None:
+        """Sum gradients over processes by a function of torch's interface `ReduceScatter`."""
+        self.module.set_custom_reduce_scatter(reduce_scatter)
 
 
 def prepare(accelerator: Accelerator, launch: Launch, model: nn.Module, config: RuntimeConfig) -> nn.Module:
-    """The network that trains: in mixed precision, its gradients averaged over processes by DDP or FSDP2."""
+    """The network that trains: in mixed precision, wrapped by DDP or FSDP2 where there are several processes."""
     # Placed it is; asked to place it, Accelerate would import all of DTensor, 2 s, to see whether it is sharded.
     network = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # that is autocast alone
     if is_sharded(model):
@@ -76,16 +87,13 @@ def prepare(accelerator: Accelerator, launch: Launch, model: nn.Module, config: 
         return network
     # torch 2.15 renames broadcast_buffers; older torch knows the old name only.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    network = DistributedDataParallel(
+    return DistributedDataParallel(
         network,
         device_ids=None if launch.device.type == "cpu" else [launch.device],
         broadcast_buffers=False,  # running statistics are ours to combine: DDP would overwrite them with rank 0's
         gradient_as_bucket_view=config.bucket_view,
         static_graph=config.static_graph,
     )
-    if config.compress_gradients:
-        network.register_comm_hook(None, bf16_compress_hook)
-    return network
 
 
 @contextmanager

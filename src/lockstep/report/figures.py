@@ -235,20 +235,27 @@ def _save(figure: "Figure", path: Path) -> "Figure":
     return figure
 
 
-def plot_launches(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> "Figure":
-    """Loss curves of several launches of one training on top of each other: a panel per program, a line per launch.
+def plot_distances(panels: dict[str, dict[str, Sequence[float]]], steps: Sequence[int], path: Path) -> "Figure":
+    """How far launches of one training are apart, step by step: a panel per precision, a line per launch.
 
-    `panels`: title to launch name to loss per step. 1800 x 630 pixels for two panels.
+    `panels`: title to launch name to relative distances. A distance of 0, which a logarithmic axis has no place for,
+    is drawn at its foot. 1800 x 630 pixels for two panels.
     """
     figure = _new_figure(6 * len(panels), 4.2)
-    styles = (("#3b6fb6", "-", 3.2), ("#d9702b", "--", 2.0), ("#2a8a57", ":", 1.8))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    floor = 1e-9
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        for (name, losses), (color, style, width) in zip(curves.items(), styles, strict=False):
-            axes.plot(range(1, len(losses) + 1), losses, style, color=color, linewidth=width, label=name)
+        for number, (name, distances) in enumerate(curves.items()):
+            style = ("-", "--", ":")[number % 3]
+            color = ("#2a8a57", "#3b6fb6", "#d9702b")[number // 3 % 3]
+            heights = [max(distance, floor) for distance in distances]
+            axes.plot(steps, heights, style, color=color, linewidth=2.0, label=name)
         axes.set_title(title, loc="left", fontweight="bold", color=_INK)
         axes.set_xlabel("Step", color=_INK)
         axes.set_yscale("log")
-        axes.legend(title="processes x accumulation", frameon=False)
-    all_axes[0].set_ylabel("Training loss", color=_INK)
+        axes.set_ylim(floor / 2, 10)
+    ticks = [10.0**exponent for exponent in range(-7, 2, 2)]
+    all_axes[0].set_yticks([floor, *ticks], ["0", *(f"$10^{{{round(math.log10(tick))}}}$" for tick in ticks)])
+    all_axes[0].set_ylabel("Distance from one process", color=_INK)
+    all_axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, path)

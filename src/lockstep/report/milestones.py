@@ -1,20 +1,25 @@
 """What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
 
+import platform
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lockstep.data.images import Data
 from lockstep.data.loader import TrainLoader
+from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import Preemption
 from lockstep.report.summary import report_divergence, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
+from lockstep.run.digest import as_text, digest
 from lockstep.run.folder import Run
 from lockstep.run.profiler import Profiler
 from lockstep.run.tracker import Tracker
 from lockstep.training.batchnorm import RunningStatistics
 from lockstep.training.calendar import Calendar
+from lockstep.training.gradients import Gradients
 from lockstep.training.learner import Learner
 from lockstep.training.meter import Meter
 from lockstep.training.progress import Progress
@@ -33,6 +38,7 @@ class Training:
     data: Data
     loader: TrainLoader
     learner: Learner
+    gradients: Gradients
     statistics: RunningStatistics
     checkpointer: Checkpointer
     progress: Progress
@@ -46,12 +52,34 @@ class Training:
 
 def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
     """A line of the log. The host waits for the device here, and nowhere else in a step."""
+    weights = digest(t.learner.model, t.learner.average)  # queued on the device before anybody waits for it
     t.meter.read(t.progress)
-    t.tracker.log(train_record(t.progress, t.calendar, lr, gradient_norm.item(), t.stopwatch.lap()))
+    steps_per_second = t.stopwatch.lap()
+    text = as_text(require_same_weights(t, int(weights)))
+    t.tracker.log(train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, steps_per_second))
     t.meter.start_window()
     if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:
         t.checkpointer.wait()
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
+
+
+def require_same_weights(t: Training, own: int) -> int:
+    """The digest, if that of every process is the same; raises UserError on all alike if one is not, and names it.
+
+    Every process makes the same update from the same sums, so another digest is a fault of memory or of a device.
+    """
+    places = t.launch.gather((own, platform.node()))
+    counts = Counter(value for value, _ in places)
+    if len(counts) == 1:
+        return own
+    t.checkpointer.wait()
+    (usual, majority), *_ = counts.most_common()
+    names = [f"rank {rank} ({host})" for rank, (value, host) in enumerate(places) if value != usual or majority == 1]
+    raise UserError(
+        f"{' and '.join(names)} hold{'s' * (len(names) == 1)} other weights than the rest at step {t.progress.step}, "
+        "though all made the same updates: its memory or device is faulty. Nothing of it was saved; the same command "
+        f"goes on from the last checkpoint in {t.run.checkpoints}"
+    )
 
 
 def validate(t: Training) -> None:
@@ -73,7 +101,8 @@ def validate(t: Training) -> None:
 
 
 def save(t: Training, *, is_best: bool) -> None:
-    """Save a checkpoint, in the background."""
+    """Save a checkpoint, in the background, if all processes hold the same weights."""
+    require_same_weights(t, int(digest(t.learner.model, t.learner.average)))
     t.stopwatch.read()
     t.checkpointer.save(t.meter.read(t.progress), is_best=is_best)
 

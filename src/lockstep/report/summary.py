@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import torch
 
 from lockstep.data.images import SKIPPED_LABEL, Data
 from lockstep.data.sampler import Sampler
@@ -12,12 +13,13 @@ from lockstep.errors import UserError
 from lockstep.evaluation.metrics import Predictions
 from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
+from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
 from lockstep.report.predictions import class_names, pixels
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
-from lockstep.run.history import read_history
+from lockstep.run.history import read_history, read_starts
 from lockstep.run.tracker import Tracker, build_tracker
 from lockstep.training.calendar import Calendar
 from lockstep.training.progress import Progress
@@ -26,13 +28,25 @@ _GALLERY = 25
 
 
 def open_tracker(run: Run, launch: Launch, sampler: Sampler, progress: Progress, calendar: Calendar) -> Tracker:
-    """Make the run folder and open its logs where training goes on."""
+    """Make the run folder, open its logs where training goes on, and say what is in force."""
+    config = run.config
     if launch.is_main:
-        run.create(sampler.micro_batch_size)
-    environment = describe_environment() | launch.as_dict(sampler.microbatches_per_step // launch.num_processes)
-    tracker = build_tracker(run.config, run.path, launch.is_main, progress.step, environment)
+        run.create(sampler.micro_batch_size, torch.get_num_threads())
+    before, numerics = read_starts(run.path), numerics_of(config.runtime, launch)
+    environment = describe_environment() | launch.as_dict(sampler.microbatches_per_step) | {"numerics": numerics}
+    tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
     if progress.restarts:
         tracker.say(f"continuing {run.path} after step {progress.step}")
+        if changes := describe_changes(before[-1].get("numerics", {}), numerics) if before else "":
+            tracker.say(f"note: from here on bits may differ from those of an unbroken run: {changes}")
+    tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, sampler.micro_batch_size)}")
+    if note := describe_exactness(config.runtime, launch):
+        tracker.say(note)
+    if config.train.micro_batch_size is None and progress.step == 0:
+        tracker.say(
+            f"note: this result belongs to {launch.num_processes} process{'es' * (launch.num_processes > 1)}, because "
+            f"--train.micro_batch_size is left open (now {sampler.micro_batch_size}); set it to launch any number"
+        )
     tracker.start(calendar.total_steps, progress.step)
     return tracker
 

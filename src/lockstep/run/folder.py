@@ -38,6 +38,11 @@ class Run:
         return self.summary.get("micro_batch_size")
 
     @property
+    def threads(self) -> int | None:
+        """CPU threads of a process at the first start: another number gives other bits."""
+        return self.summary.get("threads")
+
+    @property
     def is_finished(self) -> bool:
         return self.summary.get("state") == "finished"
 
@@ -53,11 +58,16 @@ class Run:
             "folder, or choose another --run.name or --run.seed"
         )
 
-    def create(self, micro_batch_size: int) -> None:
-        """Make the folder and write config.yaml, once everything that could refuse the settings has been built."""
+    def create(self, micro_batch_size: int, threads: int) -> None:
+        """Make the folder and write config.yaml, once everything that could refuse the settings has been built.
+
+        The first start's `micro_batch_size` and CPU `threads` are kept for all later ones.
+        """
         remove_unfinished(self.path)
         replace_file(self.path / "config.yaml", config_to_yaml(self.config).encode())
-        self.write_summary(state="running", micro_batch_size=micro_batch_size)
+        kept = {"micro_batch_size": micro_batch_size, "threads": threads}
+        kept |= {key: value for key, value in self.summary.items() if key in kept}
+        self.write_summary(**kept, state="running")
 
     @contextmanager
     def failure_noted(self, launch: Launch) -> Iterator[None]:
@@ -72,7 +82,7 @@ class Run:
 
     def write_summary(self, **values: Any) -> None:
         """Merge values into summary.json."""
-        write_json(self.path / "summary.json", {**_read_summary(self.path), **values})
+        write_json(self.path / "summary.json", {**read_summary(self.path), **values})
 
 
 def open_run(config: Config, launch: Launch) -> Run:
@@ -94,7 +104,7 @@ def _look(config: Config) -> Run:
         raise UserError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
     if exists:
         _require_same_settings(path, config)
-    return Run(path, config, _read_summary(path))
+    return Run(path, config, read_summary(path))
 
 
 def _require_same_settings(path: Path, config: Config) -> None:
@@ -105,7 +115,8 @@ def _require_same_settings(path: Path, config: Config) -> None:
         )
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
+    """What summary.json says; empty if there is none that can be read."""
     try:
         return json.loads((path / "summary.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the source of truth of a run: its records, read and cut back.
+"""What a run folder says of its past: the records of metrics.jsonl, the source of truth, and every start.
 
 Records are dictionaries like
 `{"step": 150, "epoch": 4, "position": 9600, "split": "train", "loss": 0.12, "accuracy": 0.961, "lr": 0.001}`:
@@ -14,6 +14,7 @@ from typing import Any
 from lockstep.files import replace_file
 
 HISTORY = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -25,6 +26,15 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / HISTORY
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [record for record in map(_parse, lines) if record is not None]
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """What environment.json says of every start so far; empty if there is none that can be read."""
+    try:
+        starts = json.loads((run_dir / ENVIRONMENT).read_text())
+    except (OSError, ValueError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def truncate_history(run_dir: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lockstep.errors import first_line
 from lockstep.files import plain, write_json
 from lockstep.run.console import Console
-from lockstep.run.history import HISTORY, numbers_of, truncate_history
+from lockstep.run.history import ENVIRONMENT, HISTORY, numbers_of, read_starts, truncate_history
 from lockstep.settings.config import Config
 
 if TYPE_CHECKING:
@@ -185,9 +185,7 @@ def build_tracker(
     run_dir.mkdir(parents=True, exist_ok=True)
     truncate_history(run_dir, resume_step)
     if environment is not None:
-        path = run_dir / "environment.json"
-        starts = json.loads(path.read_bytes()) if path.exists() else []
-        write_json(path, [*starts, environment])
+        write_json(run_dir / ENVIRONMENT, [*read_starts(run_dir), environment])
     console = Console(config.train.epochs)
     sinks = _open_sinks(config, run_dir, resume_step, environment, console.say)
     return Tracker(run_dir, console, sinks, step=resume_step)

@@ -10,10 +10,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lockstep.errors import UsageError, UserError, did_you_mean
+from lockstep.settings import config as config_module
 from lockstep.settings.config import Config, settings_digest
 from lockstep.settings.types import checked, describe, options_of, written
 from lockstep.settings.yaml import HINTS, SECTIONS, build_config, config_to_yaml, load_yaml, read_settings
@@ -89,7 +91,7 @@ def _build_parser() -> _Parser:
     parser.add_argument("--print_config", action="store_true", help="print all settings of this command, and end")
     parser.add_argument("--print_run_dir", action="store_true", help="print the run folder of this command, and end")
     for name, cls in SECTIONS.items():
-        explained = _docstrings(cls)
+        explained = _explanations()[cls.__name__]
         group = parser.add_argument_group(name, inspect.getdoc(cls))
         group.add_argument(f"--{name}", action=_TakeSetting, help=argparse.SUPPRESS)
         for setting in fields(cls):
@@ -100,16 +102,18 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _docstrings(cls: type) -> dict[str, str]:
-    """The text under each field of a dataclass."""
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(definition, ast.ClassDef)
-    pairs = zip(definition.body, definition.body[1:], strict=False)
+@cache
+def _explanations() -> dict[str, dict[str, str]]:
+    """The text under each field of each dataclass of config.py, by class and field."""
+    classes = [node for node in ast.parse(inspect.getsource(config_module)).body if isinstance(node, ast.ClassDef)]
     return {
-        field.target.id: text.value.value
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        definition.name: {
+            field.target.id: text.value.value
+            for field, text in zip(definition.body, definition.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        }
+        for definition in classes
     }
 
 
@@ -178,7 +182,7 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     known, overrides = parser.parse_known_args(arguments)
     checkpoint = _find_checkpoint(known.run, known.checkpoint)
     folder = known.run or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    trained = _trained_precision(folder) if known.run else []
+    trained = trained_precision(folder) if known.run else []
     config = parse_config(["--config", str(folder / "config.yaml"), *trained, *overrides])
     return Evaluation(config, folder, checkpoint, known.split)
 
@@ -200,8 +204,8 @@ def _find_checkpoint(run: Path | None, checkpoint: str) -> Path:
     return path
 
 
-def _trained_precision(run: Path) -> list[str]:
-    """The precision in force when the run was last started, which its settings leave to the launcher."""
+def trained_precision(run: Path) -> list[str]:
+    """The flag for the precision in force when a run was last started, which its settings leave to the launcher."""
     try:
         return [f"--runtime.precision={json.loads((run / 'environment.json').read_text())[-1]['precision']}"]
     except (OSError, ValueError, LookupError, TypeError):

@@ -347,7 +347,7 @@ class TrainConfig(_Section):
 
 @dataclass(frozen=True)
 class RuntimeConfig(_Section):
-    """How the hardware is used. Only precision, dtype, sync_batchnorm and compress_gradients change what is learned."""
+    """How the hardware is used; what of it changes more of the result than rounding is part of a run's name."""
 
     _name = "runtime"
 
@@ -355,6 +355,8 @@ class RuntimeConfig(_Section):
     """launch: what accelerate launch was told; auto: the fastest that this device does well; or set outright"""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights; float64 is for proofs of equality"""
+    exact: bool = True
+    """The same bits on any number of processes: one order of sums, deterministic kernels; false: faster on GPUs"""
     compile: bool = False
     """torch.compile the network: pays on long GPU runs, seldom on CPUs"""
     threads: int | None = None

@@ -2,15 +2,17 @@
 
 PyTorch moves them once per forward, from what this process saw: they then depend on accumulation and on the number
 of processes, and DDP hands everyone rank 0's. Here a forward only leaves its batch's statistics in the buffers
-(momentum 1); `collect` adds them up, `commit` averages over the global batch and moves the real ones once.
+(momentum 1); `collect` adds them up in the one order of sums, `commit` averages over the global batch and moves the
+real ones once.
 """
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.errors import UserError
+from lockstep.launch.accelerator import Launch
+from lockstep.training.tree import Subtrees, TreeExchange, add_to_right
 
 
 class RunningStatistics:
@@ -20,8 +22,10 @@ class RunningStatistics:
     A layer used twice in one forward counts with its last use.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is the bare network; its batch-norm layers are changed to momentum 1."""
+    def __init__(self, model: nn.Module, leaves: int, launch: Launch) -> None:
+        """`model` is the bare network; its batch norm gets momentum 1. A step has `leaves` microbatches."""
+        self._leaves, self._exchange = leaves, TreeExchange(leaves, launch)
+        self._sums: Subtrees[Tensor] = Subtrees(leaves, add_to_right)
         self._buffers: list[Tensor] = []
         self._counters: list[Tensor] = []
         self._momenta: list[float] = []
@@ -41,39 +45,27 @@ class RunningStatistics:
     def reload(self) -> None:
         """Take what the buffers hold now, for example after loading a checkpoint, as the real statistics."""
         self._real = [buffer.detach().clone() for buffer in self._buffers]
-        self._sums = [torch.zeros_like(buffer) for buffer in self._buffers]
-        self._num_collected = 0
+        self._sums.pop()
         self._num_steps = int(self._counters[0]) if self._counters else 0
 
-    def collect(self) -> None:
-        """Call after each forward in training mode."""
+    def collect(self, number: int) -> None:
+        """Call after each forward in training mode with the number of its microbatch."""
         if self._buffers:
-            torch._foreach_add_(self._sums, self._buffers)
-        self._num_collected += 1
+            self._sums.push((0, number), torch.cat([buffer.flatten() for buffer in self._buffers]))
 
     @torch.no_grad()
-    def commit(self, accelerator: Accelerator, bad: Tensor) -> None:
+    def commit(self, bad: Tensor) -> None:
         """Call once per step on every process: move the real statistics and put them into the network.
 
         They stay where they are in a bad step, whose activations are not finite; `bad` is a flag on the device.
         """
         if not self._buffers:
             return
-        if accelerator.num_processes > 1:
-            self._sums = _reduce_sum(self._sums, accelerator)
-        torch._foreach_div_(self._sums, float(self._num_collected * accelerator.num_processes))
-        for real, mean, momentum in zip(self._real, self._sums, self._momenta, strict=True):
+        mean = self._exchange.total(self._sums.pop()) / self._leaves
+        means = mean.split([buffer.numel() for buffer in self._buffers])
+        for real, mean, momentum in zip(self._real, means, self._momenta, strict=True):
             real.lerp_(mean.where(~bad, real), momentum)
         torch._foreach_copy_(self._buffers, self._real)
         self._num_steps += 1
         for counter in self._counters:
             counter.fill_(self._num_steps)
-        torch._foreach_zero_(self._sums)
-        self._num_collected = 0
-
-
-def _reduce_sum(tensors: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """Sum over processes in one message."""
-    flat = accelerator.reduce(torch.cat([t.reshape(-1) for t in tensors]), reduction="sum")
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lockstep.training.gradients import tree_sum
 from lockstep.training.progress import BadSteps, Progress, Sums
+from lockstep.training.tree import tree_sum
 
 _COUNTS = 3  # hits, samples, skipped
 

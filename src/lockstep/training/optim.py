@@ -37,10 +37,11 @@ OPTIMIZERS = {
 }
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, model: nn.Module, *, may_fuse: bool = True) -> torch.optim.Optimizer:
     """The optimizer of `config` over the trainable parameters of `model`, fused into one kernel where torch can.
 
     Build it when `model` is on its device and has its dtype: the choice of kernel (and Adagrad's state) follows them.
+    The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
     Everything that `config` does not set has torch's default. With `decay_all=false` biases and norm parameters (one
     dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187.
     The order within a group is that of `model.parameters()`, so equal models give interchangeable state dicts.
@@ -52,7 +53,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         raise UserError(f"{type(model).__name__} has no trainable parameter: unfreeze some before training")
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     options |= {setting: getattr(config, setting) for setting in record.settings}
-    if _can_fuse(record, parameters):
+    if may_fuse and _can_fuse(record, parameters):
         options["fused"] = True
     optimizer = record.build(_parameter_groups(config, parameters), **options)
     if config.name == "sgd" and config.momentum:
@@ -63,11 +64,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def _can_fuse(record: Record, parameters: Sequence[Tensor]) -> bool:
-    return all(
-        # The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
-        p.device.type in record.fused_on and p.is_floating_point() and not is_sharded(p)
-        for p in parameters
-    )
+    return all(p.device.type in record.fused_on and p.is_floating_point() and not is_sharded(p) for p in parameters)
 
 
 def _parameter_groups(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
@@ -109,10 +106,19 @@ def finish_gradients(accelerator: Accelerator, model: nn.Module, config: OptimCo
     parameters = [p for p in model.parameters() if p.grad is not None]
     if config.l1:
         add_l1_gradient(parameters, config.l1)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = _total_norm([p.grad for p in parameters if p.grad is not None])
     if config.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-    return whole(norm)
+    return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, the same bits whether they are sharded or not."""
+    if any(is_sharded(gradient) for gradient in gradients):
+        # Each is whole for a moment: norms of parts would be added up in another order.
+        norms = [torch.linalg.vector_norm(whole(gradient)) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:

@@ -9,9 +9,12 @@ from lockstep.training.progress import Progress
 
 
 def train_record(
-    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, steps_per_second: float
+    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, digest: str, steps_per_second: float
 ) -> dict[str, Any]:
-    """A training line: means since the line before, without bad steps; their number if there were any."""
+    """A training line: means since the line before, without bad steps; their number if there were any.
+
+    `lr` and `grad_norm` are the last step's, `digest` is that of all weights after it.
+    """
     bad = progress.bad_steps.since_log
     return {
         **calendar.place(progress.step),
@@ -20,6 +23,7 @@ def train_record(
         **({"bad_steps": bad} if bad else {}),
         "lr": lr,
         "grad_norm": grad_norm,
+        "digest": digest,
         "images_per_second": steps_per_second * calendar.batch_size,
     }
 

@@ -1,0 +1,109 @@
+"""What the promise costs: steps with sums in the one order and deterministic kernels, beside steps without, in turn.
+
+    python benchmarks/exact_cost.py                                                # one process, 8 microbatches
+    accelerate launch --config_file accelerate_configs/cpu_2proc.yaml benchmarks/exact_cost.py    # two processes
+
+Both train the same network on the same images in the same program: forward, backward, the exchange of gradients, batch
+norm, clipping, the optimizer. Prints the ratio of their times (median of pairs of stretches), and what memory the sums
+of microbatches take.
+
+Measured: not yet run.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from lockstep.data.images import build_data
+from lockstep.data.loader import TrainLoader
+from lockstep.data.sampler import build_sampler
+from lockstep.launch.accelerator import Launch, build_accelerator, end_program
+from lockstep.launch.kernels import choose_kernels
+from lockstep.settings.cli import parse_config
+from lockstep.settings.config import Config
+from lockstep.training.batchnorm import RunningStatistics
+from lockstep.training.gradients import Gradients
+from lockstep.training.learner import build_learner
+from lockstep.training.loss import total
+from lockstep.training.optim import finish_gradients, update
+from lockstep.training.tree import nodes_of
+
+MICROBATCHES = 8
+
+
+class Side:
+    """One of the two trainings."""
+
+    def __init__(self, config: Config, accelerator: object, launch: Launch) -> None:
+        self.config, self.device = config, launch.device
+        data = build_data(config, None, write=False)
+        sampler = build_sampler(config, data.train.labels.numpy(), config.train.batch_size // MICROBATCHES)
+        self.loader = TrainLoader(data.train, sampler, launch, config)
+        self.learner = build_learner(config, data, accelerator, launch, resumes=False)
+        self.gradients = Gradients(self.learner.network, self.loader.numbers, MICROBATCHES, launch, config.runtime)
+        self.statistics = RunningStatistics(self.learner.model, MICROBATCHES, launch)
+        self.batches = self.loader.batches(range(10**6))
+
+    def seconds(self, steps: int) -> float:
+        """Time of so many steps."""
+        choose_kernels(self.config.runtime, on_cpu=self.device.type == "cpu")
+        if not self.config.runtime.exact:
+            torch.set_deterministic_debug_mode("default")
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    def step(self) -> None:
+        learner = self.learner
+        for number in self.loader.numbers:
+            images, targets = learner.transform.train_batch(*next(self.batches), (0, 0, number))
+            with self.gradients.microbatch(number):
+                losses = learner.loss_of(learner.network(images), targets)
+                learner.accelerator.backward(total(losses) / self.config.train.batch_size)
+            self.statistics.collect(number)
+        bad = ~finish_gradients(learner.accelerator, learner.model, self.config.optim).isfinite()
+        update(learner.optimizer, bad)
+        learner.optimizer.zero_grad()
+        self.statistics.commit(bad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cifar10_cnn", help="a name as --model.name takes it")
+    parser.add_argument("--precision", default="no")
+    parser.add_argument("--micro_batch_size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5, help="of a stretch")
+    parser.add_argument("--pairs", type=int, default=15)
+    options = parser.parse_args()
+    settings = [f"--model.name={options.model}", "--data.source=synthetic:32x32x3x5120", "--augment.flip=true"]
+    settings += ["--optim.name=sgd", "--optim.momentum=0.9", "--optim.lr=0.01", "--optim.clip_norm=1"]
+    settings += ["--augment.rotation=0", "--augment.zoom=0"]
+    settings += [f"--train.batch_size={MICROBATCHES * options.micro_batch_size}"]
+    config = parse_config([*settings, f"--runtime.precision={options.precision}"])
+    accelerator, launch = build_accelerator(config.runtime)
+    fast = replace(config, runtime=replace(config.runtime, exact=False))
+    sides = [Side(one, accelerator, launch) for one in (config, fast)]
+    for side in sides:
+        side.seconds(options.steps)  # warm up: memory, DDP's buckets
+    ratios = []
+    for number in range(options.pairs):
+        times = {side: side.seconds(options.steps) for side in (sides if number % 2 else sides[::-1])}
+        ratios.append(times[sides[0]] / times[sides[1]])
+    buffers = max(len(nodes_of(range(end), MICROBATCHES)) for end in range(1, len(sides[0].loader.numbers) + 1))
+    size = sum(p.numel() * p.element_size() for p in sides[0].learner.model.parameters()) / 1e6
+    launch.say(
+        f"{options.model}, {launch.precision_name}, {launch.num_processes} processes x {len(sides[0].loader.numbers)}: "
+        f"exact / not exact {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+        f"up to {buffers} sums of {size:.1f} MB kept beside the newest gradients, instead of 0"
+    )
+    end_program()
+
+
+if __name__ == "__main__":
+    main()

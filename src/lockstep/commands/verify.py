@@ -1,0 +1,130 @@
+"""Recompute a part of a run and compare it bit by bit: `lockstep verify RUN [--step N]`.
+
+Training starts anew from the checkpoint before step N (or from the beginning), with the run's own settings, in a folder
+beside it, until step N; then the digests of every line between are compared. On any number of processes:
+`accelerate launch [options] -m lockstep verify RUN --step N`.
+"""
+
+import argparse
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.commands.compare import compare_histories
+from lockstep.errors import UserError
+from lockstep.files import write_json
+from lockstep.launch.numerics import describe_changes
+from lockstep.run.checkpoint import folder_of, saved_steps
+from lockstep.run.folder import read_summary
+from lockstep.run.history import ENVIRONMENT, HISTORY, read_history, read_starts
+from lockstep.settings.cli import RECIPES, parse_config, trained_precision
+from lockstep.settings.yaml import config_to_yaml
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is recomputed, and where."""
+
+    run: Path
+    first: int
+    """The step of the checkpoint from which training goes on; 0: from the beginning"""
+    last: int
+    arguments: list[str]
+    """train.py's"""
+
+    @property
+    def folder(self) -> Path:
+        """A run folder beside the run, removed in the end."""
+        return self.run.with_name(f"{self.run.name}-verify-{self.last}")
+
+
+def plan_of(run: Path, step: int | None) -> Plan:
+    """How to recompute up to `step` (default: the last one logged); raises UserError if the run cannot tell."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"there is no run in {run}")
+    logged = [line["step"] for line in read_history(run) if "digest" in line]
+    last = step if step is not None else max(logged, default=0)
+    if last not in logged:
+        near = sorted(logged, key=lambda other: abs(other - last))[:2]
+        hint = f"the nearest are {' and '.join(map(str, sorted(near)))}" if near else "none has one"
+        raise UserError(f"{run} has no line with a digest for step {last}: {hint}")
+    first = max((saved for saved in saved_steps(run / "checkpoints") if saved < last), default=0)
+    arguments = ["--config", str(run / "config.yaml"), *trained_precision(run)]
+    arguments += [f"--train.max_steps={last}", "--run.resume=auto", "--checkpoint.every_steps=null"]
+    arguments += ["--log.wandb=disabled", "--log.tensorboard=false", "--log.figures=false"]
+    plan = Plan(run, first, last, arguments)
+    return Plan(run, first, last, [*arguments, f"--run.root={plan.folder.parent}", f"--run.name={plan.folder.name}"])
+
+
+def prepare(plan: Plan) -> None:
+    """Make the folder as the run was at its checkpoint."""
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    checkpoints = plan.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (plan.folder / "config.yaml").write_text(config_to_yaml(parse_config(plan.arguments)))
+    for name in ("split.json", HISTORY, ENVIRONMENT):
+        if (plan.run / name).is_file():
+            shutil.copyfile(plan.run / name, plan.folder / name)
+    kept = {key: value for key, value in read_summary(plan.run).items() if key in ("micro_batch_size", "threads")}
+    write_json(plan.folder / "summary.json", {"state": "running", **kept})
+    best = plan.run / "checkpoints" / "best"
+    chosen = {"last": folder_of(plan.run / "checkpoints", plan.first)} if plan.first else {}
+    chosen |= {"best": best.resolve()} if best.exists() and plan.first else {}
+    for link, folder in chosen.items():
+        shutil.copytree(folder, checkpoints / folder.name, dirs_exist_ok=True)
+        (checkpoints / link).symlink_to(folder.name)
+    for saved in saved_steps(checkpoints):
+        if saved > plan.first:  # the best one came later: it must not be what training goes on from
+            shutil.rmtree(folder_of(checkpoints, saved))
+            (checkpoints / "best").unlink(missing_ok=True)
+
+
+def verdict_of(plan: Plan) -> tuple[bool, str]:
+    """Whether what was recomputed is what the run had, and a line that says so."""
+    lines = [
+        [line for line in read_history(folder) if "digest" in line and plan.first < line["step"] <= plan.last]
+        for folder in (plan.run, plan.folder)
+    ]
+    verdict = compare_histories(*lines)
+    what = f"steps {plan.first + 1} to {plan.last} of {plan.run}"
+    if verdict == f"equal to the last bit through step {plan.last}":
+        return True, f"{what}, recomputed here: equal to the last bit"
+    then, now = (read_starts(folder)[-1].get("numerics", {}) for folder in (plan.run, plan.folder))
+    return False, f"{what}, recomputed here: {verdict}; numerics {describe_changes(then, now) or 'are the same'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Recompute, print the verdict, and return 0 if all is equal, else 1."""
+    parser = argparse.ArgumentParser(prog="lockstep verify", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, runs/NAME")
+    parser.add_argument("--step", type=int, metavar="N", help="a step with a line in metrics.jsonl; default: the last")
+    options = parser.parse_args(arguments)
+    plan = plan_of(options.run, options.step)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        prepare(plan)
+    try:
+        _train(plan.arguments)
+        if is_main:
+            equal, line = verdict_of(plan)
+            print(line)
+            return 0 if equal else 1
+        return 0
+    finally:
+        if is_main:
+            shutil.rmtree(plan.folder, ignore_errors=True)
+
+
+def _train(arguments: list[str]) -> None:
+    """Be train.py for these arguments; processes meet in it."""
+    program = str(RECIPES.parent / "train.py")
+    sys.argv = [program, *arguments]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise

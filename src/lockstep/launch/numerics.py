@@ -1,0 +1,61 @@
+"""What the bits of a result depend on, beside settings and data."""
+
+from typing import Any
+
+import torch
+
+from lockstep.launch.accelerator import Launch
+from lockstep.launch.machine import cpu_model
+from lockstep.settings.config import RuntimeConfig
+
+
+def sums_in_order(config: RuntimeConfig) -> bool:
+    """Whether gradients are summed in the one order, so that the number of processes leaves no trace."""
+    return config.exact and not config.compress_gradients
+
+
+def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
+    """All that the bits depend on, as environment.json has it.
+
+    On a CPU the number of threads is among it: kernels divide their sums among them (float64: 6e-14 apart after one
+    step of one or two threads).
+    """
+    on_gpu = launch.device.type == "cuda"
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_gpu else {}
+    return {
+        "device": torch.cuda.get_device_name(launch.device) if on_gpu else cpu_model(),
+        "precision": launch.precision_name if config.dtype == "float32" else "fp64",
+        **({} if on_gpu else {"threads": torch.get_num_threads()}),
+        "torch": torch.__version__,
+        **libraries,
+        "exact": sums_in_order(config),
+        "compile": config.compile,
+    }
+
+
+def keep_threads(config: RuntimeConfig, kept: int | None, launch: Launch) -> None:
+    """On a CPU, use as many threads as the run's first start, unless settings say otherwise or cores are too few."""
+    if launch.device.type == "cpu" and config.threads is None and kept is not None and kept <= launch.cores:
+        torch.set_num_threads(kept)
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two numerics, `threads 2 -> 1, exact True -> False`; empty if nothing does."""
+    keys = dict.fromkeys([*before, *now])
+    return ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key))
+
+
+def describe_exactness(config: RuntimeConfig, launch: Launch) -> str | None:
+    """One line if these settings leave the promise of the same bits on any number of processes."""
+    causes = {
+        "--runtime.exact=false": not config.exact,
+        "--runtime.compress_gradients": config.compress_gradients,
+        "--runtime.sync_batchnorm": config.sync_batchnorm,
+        "--runtime.compile": config.compile,
+    }
+    found = [cause for cause, applies in causes.items() if applies]
+    if not found:
+        return None
+    return (
+        f"note: with {' and '.join(found)} another number of processes does not give the same bits (docs/sameness.md)"
+    )

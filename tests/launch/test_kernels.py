@@ -1,0 +1,56 @@
+"""Deterministic kernels are in force, and what has none is one line."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lockstep.errors import UserError
+from lockstep.launch.kernels import choose_kernels, missing_kernels_explained
+from lockstep.settings.config import RuntimeConfig
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    torch.set_deterministic_debug_mode("default")
+    yield
+    torch.set_deterministic_debug_mode(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+    torch.set_float32_matmul_precision(before[2])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_exact_takes_deterministic_kernels(on_cpu: bool) -> None:
+    choose_kernels(RuntimeConfig(), on_cpu=on_cpu)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+def test_a_workspace_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    choose_kernels(RuntimeConfig(), on_cpu=False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_without_exact_the_fastest_may_be_picked_by_time() -> None:
+    choose_kernels(RuntimeConfig(exact=False), on_cpu=False)
+    assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_an_operation_without_such_a_kernel_is_named() -> None:
+    """One that torch has none for on CPUs either."""
+    choose_kernels(RuntimeConfig(), on_cpu=True)
+    with pytest.raises(UserError, match=r"^put_ has no kernel here.*--runtime\.exact=false") as caught:
+        with missing_kernels_explained():
+            torch.zeros(4).put_(torch.tensor([1]), torch.tensor([1.0]))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="must match"), missing_kernels_explained():
+        torch.ones(2) + torch.ones(3)
