@@ -210,6 +210,13 @@ def test_a_batch_that_does_not_fit_the_processes_and_processes_that_do_not_fit_t
     assert f"{cores + 1} processes share {cores} cores" in doctor.check_cores(parts).text
 
 
+def test_a_microbatch_is_proposed_where_it_is_left_open() -> None:
+    train = TrainConfig(batch_size=256, micro_batch_size=None)
+    found = doctor.check_batch(Parts(Config(train=train), launch=Launch(torch.device("cpu"), 4, 0, 0, "no", 1)))
+    assert found.status == "warning" and "4 microbatches of 64" in found.text
+    assert "with --train.micro_batch_size=32, any number up to 8 trains the same" in found.text
+
+
 def test_a_taken_port_is_a_warning_for_one_process(examine: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     assert examine()[1]["port"][0] == "ok"
@@ -240,7 +247,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(found) == list(CHECKS)
     assert "2 processes on cpu" in found["launch"][1]
-    assert found["batch"][1] == "a step is 64 samples = 16 x 2 processes x 2 accumulation"
+    assert found["batch"][1] == "a step is 64 samples = 4 microbatches of 16, up to 2 for each of 2"
     assert found["all-reduce"][0] == "ok" and "2 processes added up to 3" in found["all-reduce"][1]
     assert found["same data"] == ("ok", "classes, labels and pixels are the same on all 2 processes")
     assert set(statuses(found, "port", "data", "network", "step", "disk")) == {"ok"}

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lockstep.data.sampler import Sampler, block_of, build_sampler, permute, resolve_micro_batch_size
+from lockstep.data.sampler import (
+    Sampler,
+    block_of,
+    build_sampler,
+    permute,
+    propose_micro_batch_size,
+    resolve_micro_batch_size,
+)
 from lockstep.settings.config import Config, DataConfig, RunConfig, RuntimeConfig, TrainConfig
 
 # The statistics below use fixed seeds, so they always give the same result. A p-value this small would be a defect.
@@ -369,3 +376,12 @@ def test_a_static_graph_is_refused_with_accumulation() -> None:
     assert resolve_micro_batch_size(config, 4) == 16
     with pytest.raises(ValueError, match=r"static_graph=true does not go with accumulation"):
         resolve_micro_batch_size(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "proposed"),
+    [(256, 1, 32), (256, 16, 16), (64, 1, 32), (64, 3, 16), (2048, 4, 256), (10, 2, 5)],
+)
+def test_a_proposed_microbatch_fits_other_numbers_of_processes(batch_size: int, processes: int, proposed: int) -> None:
+    assert propose_micro_batch_size(batch_size, processes) == proposed
+    assert batch_size // proposed >= processes and batch_size % proposed == 0

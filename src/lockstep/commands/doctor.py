@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 
 from lockstep.data.images import Data, build_data
 from lockstep.data.loader import TrainLoader
-from lockstep.data.sampler import build_sampler, resolve_micro_batch_size
+from lockstep.data.sampler import build_sampler, propose_micro_batch_size, resolve_micro_batch_size
 from lockstep.errors import UserError, first_line
 from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.machine import has_fast_bf16
@@ -118,9 +118,19 @@ def check_batch(parts: Parts) -> Finding:
         return _NO_LAUNCH
     batch_size, processes = parts.config.train.batch_size, parts.launch.num_processes
     parts.micro_batch_size = micro = resolve_micro_batch_size(parts.config, processes)
-    accumulation = batch_size // (micro * processes)
-    text = f"{batch_size} samples = {micro} x {processes} processes x {accumulation} accumulation"
-    return Finding("ok", f"a step is {text}")
+    microbatches = batch_size // micro
+    each = -(-microbatches // processes)
+    text = (
+        f"a step is {batch_size} samples = {microbatches} microbatches of {micro}, up to {each} for each of {processes}"
+    )
+    if parts.config.train.micro_batch_size is not None:
+        return Finding("ok", text)
+    proposed = propose_micro_batch_size(batch_size, processes)
+    return Finding(
+        "warning",
+        f"{text}; --train.micro_batch_size is left open, so that the result belongs to this number of processes: with "
+        f"--train.micro_batch_size={proposed}, any number up to {batch_size // proposed} trains the same",
+    )
 
 
 def check_cores(parts: Parts) -> Finding:

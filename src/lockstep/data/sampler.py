@@ -179,6 +179,11 @@ def resolve_micro_batch_size(config: Config, num_processes: int, kept: int | Non
     return micro
 
 
+def propose_micro_batch_size(batch_size: int, num_processes: int) -> int:
+    """A microbatch with which these and other numbers of processes can train: 8 a step, if each has 32 samples then."""
+    return _largest_fitting(batch_size, max(num_processes, min(8, batch_size // 32)))
+
+
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
