@@ -1,6 +1,5 @@
 """Windows, mirrors, warps and erased rectangles, against torchvision and formulas."""
 
-import math
 from typing import Any
 
 import pytest
@@ -10,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import images_of, keys_of, planes, smooth_images, unscaled
 from torch import Tensor
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from lockstep.augment.geometry import crop_boxes, perspective
+from lockstep.augment.geometry import crop_boxes, erase, perspective
 from lockstep.augment.transform import Transform
 from lockstep.randomness import draw
 from lockstep.settings.config import AugmentConfig
@@ -106,25 +106,52 @@ def test_perspective_shows_the_whole_image_within_the_moved_corners() -> None:
 
 
 @few
-@given(min_area=st.floats(0.05, 1), seed=st.integers(0, 2**40))
-def test_crop_boxes_lie_inside_and_are_large_enough(min_area: float, seed: int) -> None:
-    x, y, width, height = crop_boxes(keys_of(64, seed), min_area)
+@given(min_area=st.floats(0.05, 1), seed=st.integers(0, 2**40), aspect=st.floats(0.2, 5))
+def test_crop_boxes_lie_inside_and_are_large_enough(min_area: float, seed: int, aspect: float) -> None:
+    x, y, width, height = crop_boxes(keys_of(64, seed), min_area, aspect)
     for middle, side in ((x, width), (y, height)):
         assert (side > 0).all() and (middle - side / 2 >= -1e-12).all() and (middle + side / 2 <= 1 + 1e-12).all()
-    whole = (width < 1) & (height < 1)
-    area, aspect = width * height, width / height
-    assert (area[whole] >= min_area - 1e-12).all()
-    assert (area >= min_area * math.sqrt(3 / 4) - 1e-12).all()  # shortened on one side
-    assert ((aspect >= 3 / 4 - 1e-12) & (aspect <= 4 / 3 + 1e-12)).all()
+    central = min(1.0, 4 / 3 / aspect) * min(1.0, aspect * 4 / 3)
+    assert (width * height >= min(min_area, central) - 1e-12).all()
+    in_pixels = width * aspect / height
+    assert ((in_pixels >= 3 / 4 - 1e-12) & (in_pixels <= 4 / 3 + 1e-12)).all()
 
 
-def test_crop_boxes_spread_over_areas_and_places() -> None:
-    x, y, width, height = crop_boxes(keys_of(4000), 0.08)
-    area = width * height
-    assert area.min() < 0.1 and area.max() > 0.95 and abs(area.mean() - 0.54) < 0.03
-    for middle, side in ((x, width), (y, height)):
-        share = ((middle - side / 2) / (1 - side))[side < 0.99]
-        assert abs(share.mean() - 0.5) < 0.03 and share.min() < 0.02 and share.max() > 0.98
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (640, 360), (224, 224), (100, 400)])
+def test_crop_boxes_are_distributed_as_torchvisions(width: int, height: int) -> None:
+    """Area and aspect, by their quantiles; torchvision rounds sides to whole pixels."""
+    count = 4000
+    x, y, box_width, box_height = crop_boxes(keys_of(count), 0.08, width / height)
+    image = torch.zeros(1, height, width)
+    torch.manual_seed(0)
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], dtype=torch.float64
+    )
+    quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for own, other in (
+        (box_width * width / (box_height * height), theirs[:, 3] / theirs[:, 2]),
+        (box_width * box_height, theirs[:, 3] * theirs[:, 2] / (width * height)),
+        ((x - box_width / 2) * width, theirs[:, 1]),
+        ((y - box_height / 2) * height, theirs[:, 0]),
+    ):
+        scale = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(own.quantile(quantiles), other.quantile(quantiles), rtol=0, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96)])
+def test_erased_rectangles_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    count, image = 2000, torch.ones(1, height, width)
+    erased = erase(torch.ones(count, 1, height, width), keys_of(count), AugmentConfig(erasing=1.0))[:, 0] == 0
+    rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
+    torch.manual_seed(0)
+    boxes = [RandomErasing.get_params(image, (0.02, 0.4), (0.3, 1 / 0.3), [0.0]) for _ in range(count)]
+    their_rows, their_columns = (torch.tensor([box[side] for box in boxes]) for side in (2, 3))
+    assert (rows > 0).double().mean() > 0.99
+    quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for own, theirs in ((rows, their_rows), (columns, their_columns)):
+        torch.testing.assert_close(
+            own.double().quantile(quantiles), theirs.double().quantile(quantiles), rtol=0, atol=3
+        )
 
 
 def test_resized_crop_shows_the_box_in_full_size() -> None:
@@ -133,7 +160,7 @@ def test_resized_crop_shows_the_box_in_full_size() -> None:
     across = ramp.expand(8, size, size)
     for axis, images in enumerate((across, across.transpose(1, 2))):
         output = unscaled(1, resized_crop=0.2).train(images[..., None].contiguous(), keys)[:, 0] * 255
-        box = crop_boxes(keys, 0.2)
+        box = crop_boxes(keys, 0.2, 1.0)
         middle, side = box[axis], box[2 + axis]
         steps = (torch.arange(size, dtype=torch.float64) + 0.5) / size
         expected = (middle[:, None] - side[:, None] / 2 + side[:, None] * steps) * size - 0.5

@@ -167,7 +167,7 @@ next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-@pytest.mark.parametrize("seconds", [0, 2])
+@pytest.mark.parametrize("seconds", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_worker_dies_with_its_program_even_if_it_had_not_begun(seconds: int, tmp_path: Path) -> None:
     """torch's own watch over its program starts after that: such a worker stayed for ever."""
     program = start([sys.executable, "-c", STREAMING, str(seconds)], tmp_path)
@@ -210,7 +210,7 @@ def test_a_random_crop_is_the_box_of_its_key(tmp_path: Path) -> None:
     augment = AugmentConfig(image_size=20, resized_crop=0.2)
     config = config_of(tmp_path, source=f"folder:{tmp_path / 'ramps'}", val_fraction=0.0, augment=augment)
     images, _, keys = next(train_loader(config, tmp_path).batches(range(1)))
-    x, y, width, height = crop_boxes(keys, 0.2)
+    x, y, width, height = crop_boxes(keys, 0.2, 240 / 200)
     steps = (torch.arange(20) + 0.5) / 20
     columns = (x[:, None] - width[:, None] / 2 + width[:, None] * steps) * 240 - 0.5
     rows = (y[:, None] - height[:, None] / 2 + height[:, None] * steps) * 200 - 0.5

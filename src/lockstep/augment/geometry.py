@@ -77,27 +77,47 @@ def perspective(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
 
 def resized_crop(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     """A random crop, resized to the whole image."""
-    x, y, width, height = crop_boxes(keys, config.resized_crop)
+    x, y, width, height = crop_boxes(keys, config.resized_crop, aspect)
     matrices = torch.eye(3, dtype=torch.float64, device=keys.device).repeat(len(keys), 1, 1)
     matrices[:, 0, 0], matrices[:, 0, 2] = width, 2 * x - 1
     matrices[:, 1, 1], matrices[:, 1, 2] = height, 2 * y - 1
     return matrices
 
 
-def crop_boxes(keys: Tensor, min_area: float) -> Box:
-    """A random crop for each key (B,).
+_TRIES = 10
+"""As torchvision: boxes drawn until one lies inside the image"""
 
-    Area is uniform in [min_area, 1], the logarithm of the aspect ratio between those of 3/4 and
-    4/3, as in GoogLeNet training (Szegedy et al. 2015); a box that would leave the image is shortened to it.
+
+def crop_boxes(keys: Tensor, min_area: float, aspect: float) -> Box:
+    """A random crop for each key (B,) of an image whose width is `aspect` times its height.
+
+    As torchvision's RandomResizedCrop, after GoogLeNet (Szegedy et al. 2015): area uniform in [min_area, 1], logarithm
+    of the aspect in pixels uniform between those of 3/4 and 4/3, drawn until the box fits; after ten tries the
+    largest central box of an aspect in this range.
     """
-    draws = draw(keys, "resized_crop", 4)
-    area = min_area + (1 - min_area) * draws[:, 0]
-    log_aspect = math.log(4 / 3) * (2 * draws[:, 1] - 1)
-    width = (area * log_aspect.exp()).sqrt().clamp(max=1)
-    height = (area / log_aspect.exp()).sqrt().clamp(max=1)
-    x = width / 2 + (1 - width) * draws[:, 2]
-    y = height / 2 + (1 - height) * draws[:, 3]
-    return x, y, width, height
+    draws = draw(keys, "resized_crop", 2 + 2 * _TRIES)
+    area, ratio = _spread(draws[:, 2::2], min_area, 1), _spread(draws[:, 3::2], -1, 1).mul(math.log(4 / 3)).exp()
+    width, height, fits = _first_that_fits(area, ratio / aspect)
+    width = torch.where(fits, width, min(1.0, 4 / 3 / aspect))
+    height = torch.where(fits, height, min(1.0, aspect * 4 / 3))
+    places = torch.where(fits[:, None], draws[:, :2], 0.5)
+    return width / 2 + (1 - width) * places[:, 0], height / 2 + (1 - height) * places[:, 1], width, height
+
+
+def _spread(shares: Tensor, low: float, high: float) -> Tensor:
+    """Numbers in [0, 1) as numbers in [low, high)."""
+    return low + (high - low) * shares
+
+
+def _first_that_fits(area: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Width and height (B,) of the first box that lies inside the image, and whether there is one, from tries (B, N).
+
+    Sides, `area` and `ratio` (width / height) are in shares of the image.
+    """
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
+    fit = (width <= 1) & (height <= 1)
+    first = fit.to(torch.uint8).argmax(1, keepdim=True)  # 0 if there is none
+    return width.gather(1, first)[:, 0], height.gather(1, first)[:, 0], fit.any(1)
 
 
 def warp(pixels: Tensor, homographies: Tensor) -> Tensor:
@@ -117,14 +137,13 @@ def warp(pixels: Tensor, homographies: Tensor) -> Tensor:
 def erase(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     """Set a rectangle to 0, the mean colour of normalised floats (B, C, H, W), in place.
 
-    Zhong et al. 2020, "Random erasing data augmentation".
+    Zhong et al. 2020, "Random erasing data augmentation": 2 to 40 % of the area, aspect in pixels from 0.3 to 1 / 0.3.
     """
-    draws = draw(keys, "erase", 5)
-    area = 0.02 + 0.38 * draws[:, 1]
-    aspect = torch.exp(math.log(0.3) + 2 * math.log(1 / 0.3) * draws[:, 2])
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    box = (width / 2 + (1 - width) * draws[:, 3], height / 2 + (1 - height) * draws[:, 4], width, height)
-    chosen = (draws[:, 0] < config.erasing).view(-1, 1, 1, 1)
+    draws = draw(keys, "erase", 3 + 2 * _TRIES)
+    area, ratio = _spread(draws[:, 3::2], 0.02, 0.4), _spread(draws[:, 4::2], -1, 1).mul(math.log(1 / 0.3)).exp()
+    width, height, fits = _first_that_fits(area, ratio * pixels.shape[2] / pixels.shape[3])
+    box = (width / 2 + (1 - width) * draws[:, 1], height / 2 + (1 - height) * draws[:, 2], width, height)
+    chosen = ((draws[:, 0] < config.erasing) & fits).view(-1, 1, 1, 1)
     return pixels.masked_fill_(inside(box, *pixels.shape[2:]) & chosen, 0)
 
 

@@ -132,7 +132,7 @@ class _Decoder(Dataset):
         image = self.data.open(index)
         if image is None:
             return None
-        x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area))
+        x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area, image.width / image.height))
         left, top = (x - width / 2) * image.width, (y - height / 2) * image.height
         box = (left, top, left + width * image.width, top + height * image.height)
         _, target_height, target_width = self.data.shape
