@@ -26,6 +26,7 @@ from lockstep.launch.accelerator import Launch, build_accelerator, end_program
 from lockstep.launch.kernels import missing_kernels_explained
 from lockstep.launch.numerics import keep_threads
 from lockstep.launch.preemption import Preemption
+from lockstep.lease import Lease
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
 from lockstep.report.milestones import Training, finish, log, pause, save, validate
@@ -58,17 +59,18 @@ def train(config: Config) -> int:
         launch.say(run.describe_result())
         return 0
     preemption = Preemption(config.run, run.path, launch)
-    with run.failure_noted(launch), out_of_memory_explained(config), missing_kernels_explained():
-        try:
-            return fit(begin(run, accelerator, launch, preemption))
-        except Diverged as divergence:
-            launch.say(f"warning: {divergence}. Going back to the last checkpoint, once")
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-        return fit(begin(open_run(config, launch), accelerator, launch, preemption))
+    with run.owned(launch) as lease:
+        with run.failure_noted(launch), out_of_memory_explained(config), missing_kernels_explained():
+            try:
+                return fit(begin(run, lease, accelerator, launch, preemption))
+            except Diverged as divergence:
+                launch.say(f"warning: {divergence}. Going back to the last checkpoint, once")
+            accelerator.wait_for_everyone()
+            accelerator.free_memory()
+            return fit(begin(open_run(config, launch), lease, accelerator, launch, preemption))
 
 
-def begin(run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> Training:
+def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> Training:
     """Build everything, and go to where the run was."""
     config = run.config
     micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
@@ -97,7 +99,7 @@ def begin(run: Run, accelerator: Accelerator, launch: Launch, preemption: Preemp
     meter = Meter(progress, loader.numbers, leaves, accelerator)
     stopwatch, profiler = Stopwatch(progress), Profiler(config.runtime, run.path, launch)
     return Training(
-        run, launch, preemption, data, loader, learner, gradients, statistics, checkpointer, progress, calendar,
+        run, lease, launch, preemption, data, loader, learner, gradients, statistics, checkpointer, progress, calendar,
         schedule, tracker, meter, stopwatch, profiler,
     )  # fmt: skip
 

@@ -183,9 +183,46 @@ def test_a_disk_that_fills_during_training_ends_it_with_one_line(
     assert differences(resumed.run, references("alone")) == []
 
 
+# ---- owners
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_changes_nothing(
+    tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    """Also where it has other settings, or comes from a scheduler that believes the first to be dead."""
+    begun = start_until(3, FORMS["alone"], tmp_path, server)
+    again = Training(FORMS["pair"], tmp_path, server)
+    while again.is_running:
+        time.sleep(0.01)
+    assert begun.finish() == 0
+    (refusal,) = set(lines_of(begun, "is being trained by process"))  # by both ranks, which no launcher ends here
+    assert "touch runs/tiny/stop" in refusal and "Traceback" not in begun.output()
+    assert differences(begun.run, references("alone")) == []
+
+
+def test_two_starts_at_once_are_one_training(
+    tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    both = [Training(FORMS["alone"], tmp_path, server) for _ in range(2)]
+    while any(training.is_running for training in both):
+        time.sleep(0.01)
+    assert len(lines_of(both[0], "is being trained by process|was changed by another training just now")) == 1
+    assert differences(both[0].run, references("alone")) == []
+
+
+def test_a_removed_run_folder_ends_the_training_and_is_no_success(tmp_path: Path, server: ForkServer) -> None:
+    begun = start_until(3, FORMS["pair"], tmp_path, server)
+    shutil.rmtree(begun.run, ignore_errors=True)
+    assert begun.finish() == 1
+    assert len(lines_of(begun, "^error: .*was removed while it was trained")) >= 1, begun.output()
+    assert "Traceback" not in begun.output() and not (begun.run / "summary.json").exists()
+
+
 # ---- processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "message"), [("with worker", 0), ("pair with workers", 1)])
 def test_a_killed_data_worker_ends_all_ranks_with_one_line(
     form: str, message: int, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
@@ -205,7 +242,7 @@ def test_a_killed_data_worker_ends_all_ranks_with_one_line(
     assert goes_on_as_if_nothing_had_been(begun, form, server, references)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_with_one_line(
     victim: int, tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
 ) -> None:
@@ -219,7 +256,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(
     assert goes_on_as_if_nothing_had_been(begun, "pair", server, references)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_before_the_ranks_have_connected_does_not_leave_the_others_waiting(
     victim: int, tmp_path: Path, server: ForkServer
 ) -> None:

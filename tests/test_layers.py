@@ -19,6 +19,7 @@ PACKAGE = ROOT / "src" / "lockstep"
 ORDER = [
     "errors",
     "files",
+    "lease",
     "randomness",
     "settings.types",
     "settings.config",

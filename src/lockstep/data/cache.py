@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from lockstep.data.sources.kinds import Split
 from lockstep.errors import UserError
 from lockstep.files import remove_unfinished, written_aside
+from lockstep.lease import held
 
 _logger = logging.getLogger(__name__)
 
@@ -52,14 +52,26 @@ def open_image(split: Split, row: int) -> Image.Image:
     be reached for another reason (an input/output error says nothing about the image, so it is never skipped).
     """
     try:
-        image = split.read(row)
-        image.load()
+        return _first_frame(split.read(row))
     except OSError as error:
         kind = UnreadableImage if error.errno in (None, errno.ENOENT, errno.EISDIR) else UserError
         raise kind(_broken(split, row, error)) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(_broken(split, row, error)) from error
-    return image
+
+
+def _first_frame(image: Image.Image) -> Image.Image:
+    """The image decoded, and its file closed, which Pillow leaves open for animations and what it cannot decode."""
+    try:
+        image.load()
+        if not getattr(image, "is_animated", False):
+            return image
+        first = image.copy()
+    except BaseException:
+        image.close()
+        raise
+    image.close()
+    return first
 
 
 def read_image(split: Split, row: int, channels: int) -> Image.Image:
@@ -138,7 +150,7 @@ def decode_cached(
     if cached is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            with held(path.with_suffix(".lock")):
                 cached = _open_verified(path, expected, warn=True)
                 if cached is None:
                     _build(path, split, shape, resize_size, on_error)

@@ -11,10 +11,11 @@ from lockstep.data.loader import TrainLoader
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import Preemption
+from lockstep.lease import Lease
 from lockstep.report.summary import report_divergence, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.digest import as_text, digest
-from lockstep.run.folder import Run
+from lockstep.run.folder import LostFolder, Run
 from lockstep.run.profiler import Profiler
 from lockstep.run.tracker import Tracker
 from lockstep.training.batchnorm import RunningStatistics
@@ -33,6 +34,7 @@ class Training:
     """What a training has at hand."""
 
     run: Run
+    lease: Lease
     launch: Launch
     preemption: Preemption
     data: Data
@@ -66,15 +68,18 @@ def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
 def require_same_weights(t: Training, own: int) -> int:
     """The digest, if that of every process is the same; raises UserError on all alike if one is not, and names it.
 
+    Or LostFolder if the run folder is no longer this training's.
     Every process makes the same update from the same sums, so another digest is a fault of memory or of a device.
     """
-    places = t.launch.gather((own, platform.node()))
-    counts = Counter(value for value, _ in places)
+    places = t.launch.gather((own, platform.node(), t.lease.problem()))
+    if lost := next((problem for _, _, problem in places if problem), None):
+        raise LostFolder(f"{t.run.path} {lost} while it was trained here: this training ends, and leaves it alone")
+    counts = Counter(value for value, _, _ in places)
     if len(counts) == 1:
         return own
     t.checkpointer.wait()
     (usual, majority), *_ = counts.most_common()
-    names = [f"rank {rank} ({host})" for rank, (value, host) in enumerate(places) if value != usual or majority == 1]
+    names = [f"rank {rank} ({host})" for rank, (value, host, _) in enumerate(places) if value != usual or majority == 1]
     raise UserError(
         f"{' and '.join(names)} hold{'s' * (len(names) == 1)} other weights than the rest at step {t.progress.step}, "
         "though all made the same updates: its memory or device is faulty. Nothing of it was saved; the same command "
@@ -116,6 +121,7 @@ def pause(t: Training) -> int:
 
 def finish(t: Training) -> int:
     """Test the best weights and close the run; returns the exit code."""
+    require_same_weights(t, int(digest(t.learner.model, t.learner.average)))
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
     t.stopwatch.read()

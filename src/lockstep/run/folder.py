@@ -10,8 +10,13 @@ from typing import Any
 from lockstep.errors import UserError
 from lockstep.files import remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
+from lockstep.lease import Lease
 from lockstep.settings.config import Config, changed_settings
 from lockstep.settings.yaml import config_to_yaml, load_config
+
+
+class LostFolder(UserError):
+    """The run folder was removed, or another training has it."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,41 @@ class Run:
         self.write_summary(**kept, state="running")
 
     @contextmanager
+    def owned(self, launch: Launch) -> Iterator[Lease]:
+        """Within it this training alone writes into the folder, which is made if need be.
+
+        Raises UserError, on every process alike, if another training has it.
+        """
+        lease = Lease(self.path / "lease.json")
+        launch.decide(lambda: self._take(lease))
+        try:
+            yield lease
+        finally:
+            lease.release()
+            if launch.is_main:
+                with suppress(OSError):  # where nothing has come of it
+                    self.path.rmdir()
+                    self.path.parent.rmdir()
+
+    def _take(self, lease: Lease) -> None:
+        if (owner := lease.take()) is not None:
+            raise UserError(
+                f"{self.path} is being trained by {owner}: wait for its end, ask it to stop "
+                f"(touch {self.path / 'stop'}), or choose another --run.name"
+            )
+        if read_summary(self.path) != self.summary:
+            lease.release()
+            raise UserError(
+                f"{self.path} was changed by another training just now: the same command goes on from there"
+            )
+
+    @contextmanager
     def failure_noted(self, launch: Launch) -> Iterator[None]:
         """Within it, an exception that ends training leaves `state: failed` in summary.json."""
         try:
             yield
+        except LostFolder:
+            raise  # nothing here is ours any more
         except Exception:
             if launch.is_main and (self.path / "config.yaml").is_file():
                 with suppress(OSError):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from lockstep.data.sources.source import RowName, Source, Split, digest_of
 from lockstep.errors import UserError, did_you_mean
+from lockstep.lease import held
 from lockstep.settings.config import DataConfig
 
 # Data sets with a `split` argument instead of `train`: ours -> theirs.
@@ -100,14 +100,10 @@ def _torchvision_folder(dataset_class: Any, root: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:  # a folder that nobody here can write to needs no lock
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"--data.root={path.parent} cannot be used ({error}): set --data.root") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(path))
+        except OSError as error:  # a folder that nobody here can write to needs no lock
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"--data.root={path.parent} cannot be used ({error}): set --data.root") from error
         yield
-    finally:
-        lock.release()

@@ -1,0 +1,52 @@
+"""What happens at milestones: here, that processes hold the same weights. All else is seen in whole trainings."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lockstep.errors import UserError
+from lockstep.report.milestones import Training, require_same_weights
+from lockstep.run.folder import LostFolder
+
+
+@dataclass
+class Gathering:
+    """A launch whose other processes have these digests, each on a host of its own."""
+
+    digests: list[int]
+
+    def gather(self, own: Any) -> list[Any]:
+        return [(digest, f"host{rank}", own[2] if rank == 0 else None) for rank, digest in enumerate(self.digests)]
+
+
+def training(*digests: int, problem: str | None = None) -> Training:
+    parts = {
+        "launch": Gathering([*digests]),
+        "lease": SimpleNamespace(problem=lambda: problem),
+        "checkpointer": SimpleNamespace(wait=lambda: None),
+        "progress": SimpleNamespace(step=12),
+        "run": SimpleNamespace(path="runs/x", checkpoints="runs/x/checkpoints"),
+    }
+    return cast(Training, SimpleNamespace(**parts))
+
+
+def test_equal_digests_are_nothing_to_speak_of() -> None:
+    assert require_same_weights(training(5, 5, 5), 5) == 5
+
+
+def test_the_process_that_differs_is_named() -> None:
+    with pytest.raises(UserError, match=r"^rank 1 \(host1\) holds other weights than the rest at step 12") as found:
+        require_same_weights(training(5, 6, 5), 5)
+    assert "goes on from the last checkpoint in runs/x/checkpoints" in str(found.value)
+
+
+def test_of_two_that_differ_nobody_knows_which_is_right() -> None:
+    with pytest.raises(UserError, match=r"^rank 0 \(host0\) and rank 1 \(host1\) hold other weights"):
+        require_same_weights(training(5, 6), 5)
+
+
+def test_a_folder_that_is_lost_ends_the_training() -> None:
+    with pytest.raises(LostFolder, match="^runs/x was removed while it was trained here"):
+        require_same_weights(training(5, 5, problem="was removed"), 5)
