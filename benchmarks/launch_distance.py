@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lockstep.models.weights import load_weights
-from lockstep.report.figures import plot_distances
+from lockstep.report.figures import Distances, plot_distances
 from lockstep.run.checkpoint import folder_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,11 +81,11 @@ def _vector(path: Path) -> Tensor:
 
 
 def main() -> None:
-    panels: dict[str, dict[str, list[float]]] = {}
+    panels: dict[str, Distances] = {}
     rows: dict[tuple[str, int], list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for title, precision in PRECISIONS.items():
-            panels[title] = {}
+            panels[title] = {program: {} for program in PROGRAMS}
             for program, launches in PROGRAMS.items():
                 files = {
                     processes: snapshots(program, processes, precision, Path(folder, f"{title} {program} {processes}"))
@@ -96,7 +96,7 @@ def main() -> None:
                     rows.setdefault((program, processes), []).append(f"`{digest[:12]}`")
                 for processes in launches[1:]:
                     apart = [distance(a, b) for a, b in zip(files[1], files[processes], strict=True)]
-                    panels[title][f"{program}, {processes} processes"] = apart
+                    panels[title][program][f"{processes} processes"] = apart
                     print(f"{title}, {program}, {processes} processes: {apart[-1]:.2g} at the end", flush=True)
     print(f"| program | processes | {' | '.join(PRECISIONS)} |\n|---|---|{'---|' * len(PRECISIONS)}")
     for (program, processes), digests in rows.items():

@@ -136,6 +136,7 @@ train.end_program()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_fault_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(LONELY_FAULT)
@@ -155,6 +156,7 @@ def test_a_fault_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
         assert max(relative_differences(weights_of(alone), weights_of(run)).values()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_weights_that_overflow_are_not_saved_and_end_the_run_with_advice(tmp_path: Path) -> None:
     settings = (*QUICK, "--optim.name=sgd", "--optim.lr=1e30", "--train.epochs=4", "--train.max_bad_steps=2")

@@ -254,6 +254,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_two_processes_with_other_data_and_one_without_a_checkpoint(tmp_path: Path) -> None:
     """As on two machines: the same relative paths lead to other files."""

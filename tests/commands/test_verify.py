@@ -62,6 +62,7 @@ def test_a_run_that_is_not_what_its_settings_give_is_found_out(run: Path, server
     assert printed.strip().endswith("numerics are the same")
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_it_is_launched_as_a_module(run: Path) -> None:
     command = launch_command(2, "train.py")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import CIFAR10
 
 from lockstep.data.images import Data, build_data
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
-CIFAR = Path(__file__).parents[2] / "shared/data/cifar10-jpeg"
-needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason=f"{CIFAR} is absent")
+needs_cifar = pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"{CIFAR10} is absent")
 
 
 def build(place: Path, source: str, augment: AugmentConfig | None = None, *, write: bool = True, **data: Any) -> Data:
@@ -175,7 +175,7 @@ def test_real_photographs(tmp_path, monkeypatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    data = build(tmp_path, f"hf:{CIFAR}")
+    data = build(tmp_path, f"hf:{CIFAR10}")
     assert data.val is not None and data.image_shape == (3, 32, 32)
     assert torch.bincount(data.val.labels).tolist() == [500] * 10 and len(data.test) == 10000
     assert np.allclose(data.mean, (0.4914, 0.4822, 0.4465), atol=2e-3)  # the published statistics of CIFAR-10
@@ -183,3 +183,13 @@ def test_real_photographs(tmp_path, monkeypatch) -> None:
     loaded = data.val.load(17)
     assert loaded is not None
     assert np.array_equal(loaded.numpy(), np.asarray(data.val.split.read(int(data.val.rows[17]))))
+
+
+def test_an_animation_is_its_first_frame(tmp_path) -> None:
+    source = make_folder(tmp_path / "set", [(8, 8)] * 3)
+    place = tmp_path / "set" / "train" / "cat" / "0.png"
+    frames = [Image.new("RGB", (8, 8), (60 * number, 0, 0)) for number in range(1, 4)]
+    frames[0].save(place, format="PNG", save_all=True, append_images=frames[1:])
+    with Image.open(place) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert build(tmp_path, source, memory_budget=0.0).train.load(0)[0, 0].tolist() == [60, 0, 0]

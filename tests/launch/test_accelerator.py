@@ -141,6 +141,7 @@ print(launch.num_processes, *waits)
 """
 
 
+@pytest.mark.slow
 def test_the_short_wait_is_for_the_start_only(tmp_path: Path) -> None:
     """One process may prepare data for minutes, later, while the others wait."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -164,6 +165,7 @@ build_accelerator(RuntimeConfig(rendezvous_seconds=1))
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_the_others_connect_leaves_nobody_waiting(tmp_path: Path) -> None:
     """The other has a process group of two already, and makes the second group alone."""
     (tmp_path / "meet.py").write_text(KILLED)

@@ -41,6 +41,7 @@ def test_two_processes_that_train_alone_are_refused(tmp_path: Path) -> None:
     assert "EXPECTED_WORLD_SIZE says 2" in error and "alone" in error
 
 
+@pytest.mark.slow
 def test_multi_gpu_launch_without_gpus_trains_together_on_the_cpu(tmp_path: Path) -> None:
     """Accelerate alone makes two trainings of one process each out of this launch."""
     options = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()))
@@ -56,6 +57,7 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     assert "fp16" in error and "CPU" in error and "bf16" in error
 
 
+@pytest.mark.slow
 def test_one_thread_from_the_launcher_is_overruled(tmp_path: Path, all_cores: set[int]) -> None:
     code, printed = run_launcher(cwd=tmp_path, settings=(*QUICK, "--train.max_steps=1"), OMP_NUM_THREADS="1")
     assert code == 0, printed
@@ -71,6 +73,7 @@ def test_numbers_that_do_not_fit_the_launch_end_all_ranks_with_one_message(tmp_p
     assert last_words(done.stderr).endswith(error)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path: Path) -> None:
     """Rank 1 alone cannot open its data: the others, which wait for it, must end within seconds."""
     program = tmp_path / "one_fails.py"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import os, sys
 import torch
@@ -42,6 +44,7 @@ for need in (import_a_part, read_counters, compile_a_model, lambda: torch._dynam
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_is_imported_when_something_needs_it() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

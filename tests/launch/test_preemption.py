@@ -133,6 +133,7 @@ def assert_gone(processes: list[psutil.Process], seconds: float = 30) -> None:
     assert not left, f"still running: {left}"
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_one_rank_is_asked_and_all_stop_then_one_process_or_four_go_on(server: ForkServer, tmp_path: Path) -> None:
     settings = (*LONG, "--train.max_steps=90", f"--data.cache_dir={tmp_path / 'cache'}")

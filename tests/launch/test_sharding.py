@@ -22,6 +22,7 @@ pytestmark = pytest.mark.launch
 ALONE = [sys.executable, str(ROOT / "train.py")]
 
 
+@pytest.mark.slow
 def test_1_2_and_4_processes_are_one_training(server: ForkServer, tmp_path: Path) -> None:
     """Clipping and averages included."""
     settings = [*NETWORKS["fashion_cnn"], "--runtime.fsdp=true"]

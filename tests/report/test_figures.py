@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples, plot_transforms
+from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_distances, plot_samples, plot_transforms
 
 
 def history(epochs: int = 4, steps_per_epoch: int = 100) -> list[dict]:
@@ -153,3 +153,17 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         plot_curves([], tmp_path / "curves.png")
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_distances_have_a_colour_for_each_program_and_zero_at_the_foot(tmp_path: Path) -> None:
+    ours = {"2 processes": [0.0, 0.0], "3 processes": [0.0, 0.0]}
+    panels = {"fp32": {"ours": ours, "plain": {"2 processes": [1e-4, 0.5]}}, "bf16": {"ours": ours}}
+    figure = plot_distances(panels, (10, 20), tmp_path / "distances.png")
+    assert png(tmp_path / "distances.png").shape == (630, 1800, 3)
+    left, right = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"]
+    assert [line.get_label() for line in left.lines] == ["ours, 2 processes", "ours, 3 processes", "plain, 2 processes"]
+    colours = [line.get_color() for line in left.lines]
+    assert colours[0] == colours[1] != colours[2] and right.lines[0].get_color() == colours[0]
+    assert left.lines[0].get_ydata().tolist() == [1e-9] * 2 and left.get_yticklabels()[0].get_text() == "0"
+    assert left.lines[2].get_ydata().tolist() == [1e-4, 0.5]

@@ -1,26 +1,15 @@
 """What a finished run leaves: tables, predictions, pictures, summary."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import torch
-from accelerate import Accelerator
 from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support
-from torch import nn
 
-from lockstep.augment.transform import build_transform
-from lockstep.data.images import Data, build_data
-from lockstep.data.loader import EvaluationLoader
-from lockstep.evaluation.evaluate import evaluate
+from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
-from lockstep.launch.accelerator import Launch
-from lockstep.report.predictions import class_names, class_table, write_predictions
 from lockstep.report.summary import draw_confusion, draw_figures, report_training
 from lockstep.run.folder import Run
 from lockstep.run.tracker import build_tracker
@@ -35,59 +24,10 @@ def config_of(folder: Path, **log: Any) -> Config:
     return Config(run=RunConfig(name="run", root=str(folder)), data=data, log=LogConfig(**quiet))
 
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Predictions]:
-    """Digits, and what an untrained network with two classes too many makes of them."""
-    folder = tmp_path_factory.mktemp("report")
-    config = config_of(folder)
-    data = build_data(config, folder, write=False)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
-    loader = EvaluationLoader(data.test, 12, Launch(torch.device("cpu"), 1, 0, 0, "no", 1), config)
-    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
-    return data, evaluate(model, loader, transform, Accelerator(cpu=True))
-
-
 def perfect(data: Data) -> Predictions:
     labels = data.test.labels.numpy()
     ones, zeros = np.ones(len(labels)), np.zeros(len(labels))
     return Predictions(np.arange(len(labels)), labels, labels, ones, zeros, zeros, 12)
-
-
-def test_class_names_cover_all_outputs_of_the_network(evaluated: tuple[Data, Predictions]) -> None:
-    assert class_names(evaluated[0]) == [str(i) for i in range(12)]
-
-
-def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Predictions]) -> None:
-    data, metrics = evaluated
-    every = list(range(12))
-    scores = precision_recall_fscore_support(metrics.labels, metrics.predicted, labels=every, zero_division=0)
-    head, *rows, mean = class_table(metrics, data).splitlines()
-    assert head.split() == ["class", "precision", "recall", "f1", "samples"]
-    assert len({len(line) for line in (head, *rows, mean)}) == 1, "columns are not aligned"
-    for row, name, *expected in zip(rows, class_names(data), *scores, strict=True):
-        assert row.split()[0] == name
-        np.testing.assert_allclose([float(part) for part in row.split()[1:]], expected, atol=5.1e-5)
-    assert mean.startswith("macro mean")
-    wanted = [column.mean() for column in scores[:3]] + [359]
-    np.testing.assert_allclose([float(part) for part in mean.split()[2:]], wanted, atol=5.1e-5)
-
-
-def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
-    data, metrics = evaluated
-    kept = np.arange(len(metrics.samples)) % 7 > 0  # as if every seventh image had been skipped
-    columns = ("samples", "labels", "predicted", "confidences", "losses", "better")
-    some = replace(metrics, **{name: getattr(metrics, name)[kept] for name in columns})
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    images = data.test.subset(order)  # sample i is row order[i] of the source
-    path = write_predictions(tmp_path, "test", some, images, data)
-    assert path == tmp_path / "predictions_test.parquet"
-    table = pq.read_table(path).to_pydict()
-    assert list(table) == ["sample", "label", "prediction", "confidence", "loss"]
-    assert table["sample"] == order[torch.from_numpy(kept)].tolist()
-    assert table["label"] == [str(label) for label in some.labels]
-    assert table["prediction"] == [str(prediction) for prediction in some.predicted]
-    assert table["confidence"] == some.confidences.tolist() and table["loss"] == some.losses.tolist()
 
 
 def run_in(folder: Path, **log: Any) -> Run:

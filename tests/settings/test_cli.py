@@ -62,7 +62,8 @@ def run_program(*arguments: str, **environment: str) -> tuple[subprocess.Complet
         text=True,
     )
     assert child.stdout and child.stderr
-    out, err = child.stdout.read(), child.stderr.read()
+    with child.stdout, child.stderr:
+        out, err = child.stdout.read(), child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     return subprocess.CompletedProcess(child.args, child.returncode, out, err), usage.ru_utime

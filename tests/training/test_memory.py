@@ -109,6 +109,7 @@ def test_running_out_of_memory_names_the_setting_to_lower(tmp_path: Path) -> Non
     assert "lower --train.micro_batch_size=2000" in error and "--train.batch_size=2000 can stay" in error
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_run_that_left_its_microbatch_open_keeps_it_on_other_launches(tmp_path: Path) -> None:
     """Its first start had 2 processes; microbatches twice as large on one would be another training."""

@@ -235,21 +235,23 @@ def _save(figure: "Figure", path: Path) -> "Figure":
     return figure
 
 
-def plot_distances(panels: dict[str, dict[str, Sequence[float]]], steps: Sequence[int], path: Path) -> "Figure":
+Distances = dict[str, dict[str, Sequence[float]]]
+
+
+def plot_distances(panels: dict[str, Distances], steps: Sequence[int], path: Path) -> "Figure":
     """How far launches of one training are apart, step by step: a panel per precision, a line per launch.
 
-    `panels`: title to launch name to relative distances. A distance of 0, which a logarithmic axis has no place for,
-    is drawn at its foot. 1800 x 630 pixels for two panels.
+    `panels`: title to program to launch to relative distances; a program has a colour. A distance of 0, which a
+    logarithmic axis has no place for, is drawn at its foot. 1800 x 630 pixels for two panels.
     """
     figure = _new_figure(6 * len(panels), 4.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     floor = 1e-9
-    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        for number, (name, distances) in enumerate(curves.items()):
-            style = ("-", "--", ":")[number % 3]
-            color = ("#2a8a57", "#3b6fb6", "#d9702b")[number // 3 % 3]
-            heights = [max(distance, floor) for distance in distances]
-            axes.plot(steps, heights, style, color=color, linewidth=2.0, label=name)
+    for axes, (title, programs) in zip(all_axes, panels.items(), strict=True):
+        for (program, launches), color in zip(programs.items(), ("#2a8a57", "#3b6fb6", "#d9702b"), strict=False):
+            for (launch, distances), style in zip(launches.items(), ("-", "--", ":"), strict=False):
+                heights = [max(distance, floor) for distance in distances]
+                axes.plot(steps, heights, style, color=color, linewidth=2.0, label=f"{program}, {launch}")
         axes.set_title(title, loc="left", fontweight="bold", color=_INK)
         axes.set_xlabel("Step", color=_INK)
         axes.set_yscale("log")

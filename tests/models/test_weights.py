@@ -1,0 +1,55 @@
+"""Weights from files: which file counts, and what does not fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lockstep.errors import UserError
+from lockstep.files import write_manifest
+from lockstep.models.weights import load_weights, put_weights
+
+
+def checkpoint(folder: Path, *names: str) -> Path:
+    """A folder with a file for each name, whose weights are its place in the list."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        save_file({"weight": torch.full((2,), float(number))}, folder / f"{name}.safetensors")
+    write_manifest(folder)
+    return folder
+
+
+def test_an_average_is_what_is_evaluated(tmp_path: Path) -> None:
+    assert load_weights(checkpoint(tmp_path / "a", "model"))["weight"].tolist() == [0, 0]
+    assert load_weights(checkpoint(tmp_path / "b", "model", "ema"))["weight"].tolist() == [1, 1]
+    assert load_weights(tmp_path / "b" / "model.safetensors")["weight"].tolist() == [0, 0]
+
+
+def test_damage_is_one_line(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "a", "model")
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be used: .*model.safetensors"):
+        load_weights(folder)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_weights(file)
+    with pytest.raises(UserError, match="does not exist"):
+        load_weights(tmp_path / "nowhere.safetensors")
+
+
+def test_weights_of_another_network_are_named_and_nothing_is_changed() -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    other = {"weight": torch.zeros(2, 4), "gamma": torch.zeros(2)}
+    expected = "there holds another network: weights 1 missing, for example bias; 1 unknown, for example gamma; "
+    with pytest.raises(UserError, match=re.escape(expected + "1 of another shape, for example weight")):
+        put_weights(model, other, "there")
+    assert torch.equal(model.weight, before)
+    put_weights(model, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "here")
+    assert torch.equal(model.weight, torch.ones(2, 3))

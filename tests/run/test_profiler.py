@@ -1,0 +1,33 @@
+"""The trace of a few steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lockstep.launch.accelerator import Launch
+from lockstep.run.profiler import Profiler
+from lockstep.settings.config import RuntimeConfig
+
+MAIN = Launch(torch.device("cpu"), 2, 0, 0, "no", 1)
+
+
+def run_steps(config: RuntimeConfig, folder: Path, launch: Launch) -> list[Path]:
+    profiler = Profiler(config, folder, launch)
+    for step in range(18):
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(2) + 1
+        profiler.step()
+    return list(folder.glob("profile/*.json"))
+
+
+def test_steps_10_to_15_of_the_main_process_are_traced(tmp_path: Path) -> None:
+    (trace,) = run_steps(RuntimeConfig(profile=True), tmp_path, MAIN)
+    events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {f"step {step}" for step in range(18)} & events == {f"step {step}" for step in range(9, 15)}  # from 0
+
+
+def test_nothing_is_traced_without_being_asked_or_elsewhere(tmp_path: Path) -> None:
+    assert run_steps(RuntimeConfig(), tmp_path, MAIN) == []
+    assert run_steps(RuntimeConfig(profile=True), tmp_path, replace(MAIN, process_index=1)) == []
