@@ -34,7 +34,7 @@ set_up() {
     export -n MASTER_ADDR MASTER_PORT # one process alone must not believe that there are others to meet
     restarts=${SLURM_RESTART_COUNT:-0}
     echo "job $SLURM_JOB_ID, restart $restarts: ${nodes//$'\n'/ } x $PROCESSES_PER_NODE processes" \
-        "of $OMP_NUM_THREADS threads, meeting at $MASTER_ADDR:$MASTER_PORT"
+        "of $OMP_NUM_THREADS threads, connecting at $MASTER_ADDR:$MASTER_PORT"
 }
 
 free_port() { # the given one, or the next that nobody listens on

@@ -24,7 +24,10 @@ def differences(run: Path, reference: Path) -> list[str]:
     if lines[0] != lines[1]:
         places = [[(line["split"], line["step"]) for line in part] for part in lines]
         found.append(f"metrics.jsonl: {places[0]} instead of {places[1]}" if places[0] != places[1] else "its values")
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (run, reference)]
+    # A process that is killed after its run has finished leaves its lease.
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"lease.json"} for folder in (run, reference)
+    ]
     found += [f"stray {name}" for name in sorted(names[0] - names[1])]
     found += [f"missing {name}" for name in sorted(names[1] - names[0])]
     summaries = [_timeless(json.loads((folder / "summary.json").read_text())) for folder in (run, reference)]

@@ -172,7 +172,7 @@ def test_two_nodes_train_as_one_process(site: Site, reference: Path) -> None:
     run = site.folder / "runs" / "nodes"
     assert starts(run) == [4]
     assert_same_training(run, reference)
-    assert "node1 node2 x 2 processes of 1 threads, meeting at node1" in site.printed(job)
+    assert "node1 node2 x 2 processes of 1 threads, connecting at node1" in site.printed(job)
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_taken_port_is_left_for_the_next(site: Site) -> None:
         site.completed(job, restarts=0)
     finally:
         listener.communicate(timeout=10)
-    assert f"meeting at node1:{port + 1}" in site.printed(job)
+    assert f"connecting at node1:{port + 1}" in site.printed(job)
 
 
 @cluster_only

@@ -193,3 +193,12 @@ def test_an_animation_is_its_first_frame(tmp_path) -> None:
     with Image.open(place) as image:
         assert getattr(image, "n_frames", 1) == 3
     assert build(tmp_path, source, memory_budget=0.0).train.load(0)[0, 0].tolist() == [60, 0, 0]
+
+
+def test_one_grey_image_does_not_make_a_set_grey(tmp_path) -> None:
+    source = make_folder(tmp_path / "set", [(8, 8)] * 5)
+    first = tmp_path / "set" / "train" / "cat" / "0.png"
+    with Image.open(first) as image:
+        grey = image.convert("L")
+    grey.save(first)
+    assert build(tmp_path, source).image_shape == (3, 8, 8)

@@ -144,9 +144,9 @@ print(launch.num_processes, *waits)
 @pytest.mark.slow
 def test_the_short_wait_is_for_the_start_only(tmp_path: Path) -> None:
     """One process may prepare data for minutes, later, while the others wait."""
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        start([sys.executable, "-c", LATE], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        start([sys.executable, "-c", LATE], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous)
         for rank in range(2)
     ]
     for done in [finish(rank, 60) for rank in ranks]:
@@ -169,9 +169,9 @@ build_accelerator(RuntimeConfig(rendezvous_seconds=1))
 def test_a_process_killed_while_the_others_connect_leaves_nobody_waiting(tmp_path: Path) -> None:
     """The other has a process group of two already, and makes the second group alone."""
     (tmp_path / "meet.py").write_text(KILLED)
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    killed = start([sys.executable, "meet.py", "killed"], tmp_path, RANK="1", LOCAL_RANK="1", **meeting)
-    other = start([sys.executable, "meet.py"], tmp_path, RANK="0", LOCAL_RANK="0", **meeting)
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    killed = start([sys.executable, "meet.py", "killed"], tmp_path, RANK="1", LOCAL_RANK="1", **rendezvous)
+    other = start([sys.executable, "meet.py"], tmp_path, RANK="0", LOCAL_RANK="0", **rendezvous)
     assert finish(killed, 60).returncode == -signal.SIGKILL
     assert "did not reach the others" in finish(other, 30).stderr
 

@@ -20,7 +20,7 @@ from lockstep.settings.config import AugmentConfig, Config, DataConfig
 _logger = logging.getLogger(__name__)
 
 SKIPPED_LABEL = -100  # what torch's losses ignore by default
-_PROBES = 16  # images looked at to learn size and channels
+_PROBES = 32  # images looked at to learn size and channels
 _CHUNK = 1024  # images summed at a time
 # Of ImageNet's training images, the field's usual constants; grey is the mean over the channels.
 _IMAGENET_MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
@@ -130,7 +130,7 @@ def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
 
 
 def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometry:
-    """Learn size and channels from a few images spread over the split; the first readable one decides."""
+    """Learn size and channels from a few images spread over the split: the first one's size, colour if any has it."""
     images = []
     for row in np.unique(np.linspace(0, len(split) - 1, _PROBES).astype(int)):
         try:
@@ -140,7 +140,7 @@ def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometr
                 raise
     if not images:
         raise UserError(f"{data.source}: none of {_PROBES} images looked at can be decoded")
-    channels = channels_of(images[0])
+    channels = max(map(channels_of, images))
     size = augment.image_size
     if size is None:
         if augment.eval_crop < 1:

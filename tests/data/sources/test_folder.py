@@ -1,11 +1,15 @@
 """`folder:<path>`."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from sources import image_folder, open_named, write_images
+
+from lockstep.errors import UserError
 
 
 def test_folder_with_splits(tmp_path) -> None:
@@ -56,4 +60,54 @@ def test_folder_problems_are_named(tmp_path) -> None:
     name = image_folder(tmp_path / "two", ("train", "val"))
     write_images(tmp_path / "two/val/fox", 1)
     with pytest.raises(ValueError, match="two/val/fox is a class that .*two/train does not have"):
+        open_named(name)
+
+
+def link(place: Path, target: Path) -> None:
+    place.symlink_to(target, target_is_directory=True)
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    write_images(tmp_path / "elsewhere" / "more", 3)
+    name = image_folder(tmp_path / "set")
+    link(tmp_path / "set" / "cat" / "linked", tmp_path / "elsewhere")
+    assert sum(map(len, open_named(name).splits.values())) == 13
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_a_link_that_leads_back_is_named(target: str, tmp_path: Path) -> None:
+    """It showed 322 images where there were 15, those of other classes among them."""
+    name = image_folder(tmp_path / "set", ("train", "test"))
+    link(tmp_path / "set/train/cat/loop", (tmp_path / "set/train/cat" / target).resolve())
+    with pytest.raises(UserError, match="set/train/cat/loop is a link to a folder that it lies in"):
+        open_named(name)
+
+
+def test_two_links_that_lead_to_one_another_are_named(tmp_path: Path) -> None:
+    name = image_folder(tmp_path / "set")
+    link(tmp_path / "set/cat/a", tmp_path / "set/dog")
+    link(tmp_path / "set/dog/b", tmp_path / "set/cat")
+    with pytest.raises(UserError, match="is a link to a folder that it lies in"):
+        open_named(name)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = image_folder(tmp_path / "set")
+    write_images(tmp_path / "set/cat/private", 2)
+    real = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("private"):  # root, as who tests may run, can read everything
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"set/cat/private cannot be read \(Permission denied\)"):
+        open_named(name)
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    name = image_folder(tmp_path / "set")
+    os.mkfifo(tmp_path / "set/dog/z.png")
+    with pytest.raises(UserError, match="set/dog/z.png is not a file: remove it"):
         open_named(name)

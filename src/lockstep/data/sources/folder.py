@@ -1,7 +1,7 @@
 """`folder:<path>`: image files in class folders, `path/[train|val|test/]<class>/**/<image>`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +67,10 @@ def _list_images(folder: Path, classes: Sequence[str]) -> tuple[list[bytes], lis
     labels: list[int] = []
     stamps: list[bytes] = []
     for label, name in enumerate(classes):
-        files = sorted(
-            os.path.join(place, file)
-            for place, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(_EXTENSIONS) and not file.startswith(".")
-        )
-        if not files and (folder / name).is_dir():
-            raise UserError(f"{folder / name} holds no images ({' '.join(_EXTENSIONS)}): fill or remove the class")
+        place = folder / name
+        files = sorted(_images_below(str(place), (str(place.resolve().parent),))) if place.is_dir() else []
+        if not files and place.is_dir():
+            raise UserError(f"{place} holds no images ({' '.join(_EXTENSIONS)}): fill or remove the class")
         for file in files:
             path = os.fsencode(os.path.relpath(file, folder))
             status = os.stat(file) if os.path.exists(file) else None  # a broken link is reported when it is read
@@ -82,3 +78,26 @@ def _list_images(folder: Path, classes: Sequence[str]) -> tuple[list[bytes], lis
             labels.append(label)
             stamps.append(path + (f"|{status.st_size}|{status.st_mtime_ns}".encode() if status else b""))
     return paths, labels, stamps
+
+
+def _images_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths of the images in a folder and those below it, through links too; `above` are the real folders above it.
+
+    Raises UserError for a folder that cannot be read, for a pipe or a device, and for a link that leads back: it would
+    show images of other classes, or the same ones without end.
+    """
+    own = os.path.realpath(folder)
+    if any(os.path.commonpath((upper, own)) == own for upper in above):
+        raise UserError(f"{folder} is a link to a folder that it lies in ({own}): remove it")
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): correct or remove it") from error
+    for entry in inside:
+        if entry.is_dir():
+            yield from _images_below(entry.path, (*above, own))
+        elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith("."):
+            if not entry.is_file() and os.path.exists(entry.path):  # a pipe would be waited for; no file is told later
+                raise UserError(f"{entry.path} is not a file: remove it")
+            yield entry.path
