@@ -76,9 +76,10 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
     keep_threads(config.runtime, run.threads, launch)
     data = build_data(config, run.path, write=launch.is_main)
+    run.require_same_data(data.identity)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
         micro_batch_size = find_micro_batch_size(config, data, accelerator, launch)
-    sampler = build_sampler(config, data.train.labels.numpy(), micro_batch_size)
+    sampler = build_sampler(config, data.train.drawn_labels, micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, config)
 
     checkpoint = find_checkpoint(run, launch)
@@ -93,7 +94,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     calendar = build_calendar(config, sampler.steps_per_epoch, has_validation=data.val is not None)
     schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
-    tracker = open_tracker(run, launch, sampler, progress, calendar)
+    tracker = open_tracker(run, launch, data, sampler, progress, calendar)
     if progress.step == 0:
         tracker.graph(learner.model, next(learner.model.parameters()).new_zeros(1, *data.image_shape))
     meter = Meter(progress, loader.numbers, leaves, accelerator)

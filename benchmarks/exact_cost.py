@@ -43,7 +43,7 @@ class Side:
     def __init__(self, config: Config, accelerator: object, launch: Launch) -> None:
         self.config, self.device = config, launch.device
         data = build_data(config, Path(config.run.root, "exact_cost"), write=False)
-        sampler = build_sampler(config, data.train.labels.numpy(), config.train.batch_size // MICROBATCHES)
+        sampler = build_sampler(config, data.train.drawn_labels, config.train.batch_size // MICROBATCHES)
         self.loader = TrainLoader(data.train, sampler, launch, config)
         self.learner = build_learner(config, data, accelerator, launch, resumes=False)
         self.gradients = Gradients(self.learner.network, self.loader.numbers, MICROBATCHES, launch, config.runtime)

@@ -172,7 +172,7 @@ def test_checkpoints_already_there_count(examine: Doctor) -> None:
 
 def test_a_run_folder_of_other_settings_and_a_finished_run(examine: Doctor) -> None:
     run = Run(Path("runs/mine"), parse_config([*MLP, "--run.name=mine"]), {})
-    run.create(64, threads=1)
+    run.create(micro_batch_size=64, threads=1)
     run.write_summary(state="finished", test_accuracy=0.5)
     code, found = examine("--run.name=mine")
     assert (code, found["run"][0]) == (0, "warning") and "finished" in found["run"][1]

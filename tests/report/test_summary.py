@@ -32,7 +32,7 @@ def perfect(data: Data) -> Predictions:
 
 def run_in(folder: Path, **log: Any) -> Run:
     run = Run(folder / "run", config_of(folder, **log), {})
-    run.create(64, threads=1)
+    run.create(micro_batch_size=64, threads=1)
     return run
 
 

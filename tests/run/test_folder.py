@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.run.folder import Run, open_run
 from lockstep.settings.config import Config, LogConfig, OptimConfig, RunConfig, TrainConfig
@@ -32,7 +33,7 @@ def folder_contents(root: Path) -> dict[str, bytes]:
 def begun(tmp_path: Path) -> Run:
     """A run that was started and killed at once."""
     run = opened(config_in(tmp_path))
-    run.create(64, threads=1)
+    run.create(micro_batch_size=64, threads=1)
     return run
 
 
@@ -45,7 +46,7 @@ def test_a_new_run_is_empty_and_opening_it_writes_nothing(tmp_path: Path) -> Non
 
 def test_create_writes_settings_that_load_as_an_equal_config(begun: Run) -> None:
     assert load_config(begun.path / "config.yaml") == begun.config
-    begun.create(64, threads=1)  # a restart creates again
+    begun.create(micro_batch_size=64, threads=1)  # a restart creates again
     assert load_config(begun.path / "config.yaml") == begun.config
 
 
@@ -101,7 +102,7 @@ def test_settings_that_do_not_shape_the_result_may_change(begun: Run) -> None:
 def test_tuples_do_not_look_changed_after_a_reload(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     config = replace(config, augment=replace(config.augment, jitter=(0.1, 0.2), mean=(0.5,), std=(0.25,)))
-    opened(config).create(64, threads=1)
+    opened(config).create(micro_batch_size=64, threads=1)
     assert opened(config).path.is_dir()
 
 
@@ -126,7 +127,7 @@ def test_settings_that_cannot_be_read_are_named(begun: Run) -> None:
 def test_what_the_first_start_had_is_kept(begun: Run) -> None:
     """Another microbatch, or another number of CPU threads, would be another training."""
     again = opened(begun.config)
-    again.create(32, threads=4)
+    again.create(micro_batch_size=32, threads=4)
     assert (again.micro_batch_size, again.threads) == (64, 1) == (opened(begun.config).micro_batch_size, again.threads)
 
 
@@ -142,3 +143,13 @@ def test_write_summary_merges(begun: Run) -> None:
     assert summary == {"state": "finished", "micro_batch_size": 64, "threads": 1, "restarts": 0, "test_accuracy": 0.9}
     assert opened(begun.config).summary == summary
     assert begun.summary == {}, "a Run shows what was found when it was opened"
+
+
+def test_a_run_goes_on_with_the_data_it_was_begun_with(tmp_path: Path) -> None:
+    identity = {"content": "abc", "classes": 2, "train": 135, "test": 20}
+    config = config_in(tmp_path)
+    opened(config).require_same_data(identity)  # a new run takes any
+    opened(config).create(micro_batch_size=32, threads=1, data=identity)
+    opened(config).require_same_data(dict(identity))
+    with pytest.raises(UserError, match=r"begun with other data \(content abc -> abd, train 135 -> 115\): bring"):
+        opened(config).require_same_data({**identity, "content": "abd", "train": 115})

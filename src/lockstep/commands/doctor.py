@@ -291,7 +291,7 @@ def _train_once(parts: Parts) -> tuple[float, float, int]:
     assert data and launch and parts.learner and parts.micro_batch_size
     # One worker is enough to see whether workers start here.
     quick = replace(config, data=replace(config.data, workers=min(abs(config.data.workers), 1)))
-    sampler = build_sampler(config, data.train.labels.numpy(), parts.micro_batch_size)
+    sampler = build_sampler(config, data.train.drawn_labels, parts.micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, quick)
     batch = next(loader.batches(range(1)))
     seconds = math.inf

@@ -19,7 +19,7 @@ from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.launch.numerics import describe_changes
 from lockstep.run.checkpoint import folder_of, saved_steps
-from lockstep.run.folder import read_summary
+from lockstep.run.folder import KEPT, read_summary
 from lockstep.run.history import ENVIRONMENT, HISTORY, read_history, read_starts
 from lockstep.settings.cli import RECIPES, parse_config, trained_precision
 from lockstep.settings.yaml import config_to_yaml
@@ -69,7 +69,7 @@ def prepare(plan: Plan) -> None:
     for name in ("split.json", HISTORY, ENVIRONMENT):
         if (plan.run / name).is_file():
             shutil.copyfile(plan.run / name, plan.folder / name)
-    kept = {key: value for key, value in read_summary(plan.run).items() if key in ("micro_batch_size", "threads")}
+    kept = {key: value for key, value in read_summary(plan.run).items() if key in KEPT}
     write_json(plan.folder / "summary.json", {"state": "running", **kept})
     best = plan.run / "checkpoints" / "best"
     chosen = {"last": folder_of(plan.run / "checkpoints", plan.first)} if plan.first else {}

@@ -47,6 +47,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def drawn_labels(self) -> np.ndarray:
+        """Labels of all samples, also of those whose image was skipped: what the order of training is drawn from."""
+        return self.split.labels[self.rows.numpy()]
+
     def subset(self, indices: Tensor | np.ndarray) -> "ImageSet":
         """The samples at `indices`, int (K,), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -94,6 +99,8 @@ class Data:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    identity: dict[str, int | str]
+    """The source's"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,8 @@ def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
         train, val = (train.subset(indices) for indices in chosen)
     height, width, channels = geometry.shape
     mean, std = _normalization(train, channels, config.augment)
-    return Data(train, val, sets["test"], source.classes, (channels, height, width), num_classes, mean, std)
+    image_shape = (channels, height, width)
+    return Data(train, val, sets["test"], source.classes, image_shape, num_classes, mean, std, source.identity)
 
 
 def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometry:

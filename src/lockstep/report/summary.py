@@ -27,11 +27,14 @@ from lockstep.training.progress import Progress
 _GALLERY = 25
 
 
-def open_tracker(run: Run, launch: Launch, sampler: Sampler, progress: Progress, calendar: Calendar) -> Tracker:
+def open_tracker(
+    run: Run, launch: Launch, data: Data, sampler: Sampler, progress: Progress, calendar: Calendar
+) -> Tracker:
     """Make the run folder, open its logs where training goes on, and say what is in force."""
     config = run.config
     if launch.is_main:
-        run.create(sampler.micro_batch_size, torch.get_num_threads())
+        kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads()}
+        run.create(**kept, data=data.identity)
     before, numerics = read_starts(run.path), numerics_of(config.runtime, launch)
     environment = describe_environment() | launch.as_dict(sampler.microbatches_per_step) | {"numerics": numerics}
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)

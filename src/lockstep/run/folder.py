@@ -14,6 +14,9 @@ from lockstep.lease import Lease
 from lockstep.settings.config import Config, changed_settings
 from lockstep.settings.yaml import config_to_yaml, load_config
 
+KEPT = ("micro_batch_size", "threads", "data")
+"""What a run has from its first start on: samples of a microbatch, CPU threads of a process, identity of the data"""
+
 
 class LostFolder(UserError):
     """The run folder was removed, or another training has it."""
@@ -63,16 +66,27 @@ class Run:
             "folder, or choose another --run.name or --run.seed"
         )
 
-    def create(self, micro_batch_size: int, threads: int) -> None:
+    def require_same_data(self, identity: dict[str, int | str]) -> None:
+        """Raise UserError, with what has changed, if the run was begun with other data: its order would move."""
+        before = self.summary.get("data")
+        if isinstance(before, dict) and before != identity:
+            changes = [
+                f"{key} {before.get(key)} -> {value}" for key, value in identity.items() if value != before.get(key)
+            ]
+            raise UserError(
+                f"{self.path} was begun with other data ({', '.join(changes)}): bring the old data back, or choose "
+                "another --run.name"
+            )
+
+    def create(self, **kept: Any) -> None:
         """Make the folder and write config.yaml, once everything that could refuse the settings has been built.
 
-        The first start's `micro_batch_size` and CPU `threads` are kept for all later ones.
+        What the first start gives in KEPT stays for all later ones.
         """
         remove_unfinished(self.path)
         replace_file(self.path / "config.yaml", config_to_yaml(self.config).encode())
-        kept = {"micro_batch_size": micro_batch_size, "threads": threads}
-        kept |= {key: value for key, value in self.summary.items() if key in kept}
-        self.write_summary(**kept, state="running")
+        assert kept.keys() <= set(KEPT)
+        self.write_summary(**(kept | {key: self.summary[key] for key in KEPT if key in self.summary}), state="running")
 
     @contextmanager
     def owned(self, launch: Launch) -> Iterator[Lease]:

@@ -40,16 +40,18 @@ def open_folder(name: str, config: DataConfig) -> Source:
         folders = {split: root / found for split, names in candidates.items()
                    if (found := next((name for name in names if (root / name).is_dir()), None))}  # fmt: skip
     classes = _class_folders(folders["train"])
-    splits, listing = {}, []
+    splits, listing, content = {}, [], []
     for split, folder in folders.items():
         strangers = set(_class_folders(folder)) - set(classes)
         if strangers:
             raise UserError(f"{folder / min(strangers)} is a class that {folders['train']} does not have")
         paths, labels, stamps = _list_images(folder, classes)
         listing += [split.encode(), *stamps]
+        content += [split.encode(), *(stamp.rpartition(b"|")[0] for stamp in stamps)]
         reader = _Files(folder, np.array(paths, dtype=np.bytes_))
         splits[split] = Split(split, np.array(labels, dtype=np.int64), reader, reader.path)
-    return Source(config.source, tuple(classes), splits, digest_of(str(root.resolve()).encode(), *listing))
+    fingerprint = digest_of(str(root.resolve()).encode(), *listing)
+    return Source(config.source, tuple(classes), splits, fingerprint, digest_of(*content))
 
 
 def _class_folders(folder: Path) -> list[str]:

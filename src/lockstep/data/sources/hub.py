@@ -59,7 +59,8 @@ def open_hub(name: str, config: DataConfig) -> Source:
     feature = loaded["train"].features[label_column]
     names = getattr(feature, "names", None) or range(int(splits["train"].labels.max(initial=0)) + 1)
     fingerprint = digest_of(*(loaded[theirs]._fingerprint.encode() for theirs in found.values() if theirs))
-    return Source(config.source, tuple(map(str, names)), splits, fingerprint)
+    content = digest_of(*(split.labels for split in splits.values()))  # the fingerprint follows the place of files
+    return Source(config.source, tuple(map(str, names)), splits, fingerprint, content)
 
 
 def _load_hub(name: str, config: DataConfig) -> Mapping[str, Any]:

@@ -55,7 +55,7 @@ def open_source(config: DataConfig) -> Source:
     elif "test" not in splits:
         train, test = draw_validation_split(splits["train"].labels, _HELD_OUT_SHARE, _HELD_OUT_SEED)
         splits |= {"train": splits["train"].take(train, "train"), "test": splits["train"].take(test, "test")}
-    return Source(source.name, source.classes, splits, source.fingerprint)
+    return Source(source.name, source.classes, splits, source.fingerprint, source.content)
 
 
 def _check_labels(split: Split, num_classes: int) -> None:

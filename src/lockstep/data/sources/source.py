@@ -37,13 +37,21 @@ class Split:
 class Source:
     """A data set: `splits` has "train" and "test", and "val" where the data set brings one.
 
-    `fingerprint` changes when the images do; it is the key of the cache.
+    `fingerprint` changes when the images do, or their place; it is the key of the cache. `content` stays when they are
+    copied elsewhere; empty: it is the fingerprint.
     """
 
     name: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
     fingerprint: str
+    content: str = ""
+
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What a run needs to know its data again by: a digest of the content, numbers of classes and samples."""
+        counts = {name: len(split) for name, split in self.splits.items()}
+        return {"content": (self.content or self.fingerprint)[:16], "classes": len(self.classes), **counts}
 
 
 @dataclass(frozen=True, eq=False)
