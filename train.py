@@ -16,6 +16,8 @@ if __name__ == "__main__":
         settings = parse_config()
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from accelerate import Accelerator
 
@@ -35,7 +37,7 @@ from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
 from lockstep.settings.config import Config
-from lockstep.training.batchnorm import RunningStatistics
+from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
 from lockstep.training.gradients import Gradients
 from lockstep.training.learner import build_learner, check_names
@@ -60,7 +62,7 @@ def train(config: Config) -> int:
         return 0
     preemption = Preemption(config.run, run.path, launch)
     with run.owned(launch) as lease:
-        with run.failure_noted(launch), out_of_memory_explained(config), missing_kernels_explained():
+        with run.failure_noted(launch), mistakes_explained(config):
             try:
                 return fit(begin(run, lease, accelerator, launch, preemption))
             except Diverged as divergence:
@@ -68,6 +70,13 @@ def train(config: Config) -> int:
             accelerator.wait_for_everyone()
             accelerator.free_memory()
             return fit(begin(open_run(config, launch), lease, accelerator, launch, preemption))
+
+
+@contextmanager
+def mistakes_explained(config: Config) -> Iterator[None]:
+    """Within it, what torch says of settings that cannot work is one line with what to change."""
+    with out_of_memory_explained(config), missing_kernels_explained(), single_values_explained():
+        yield
 
 
 def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, preemption: Preemption) -> Training:

@@ -119,6 +119,16 @@ def test_the_second_time_it_stops_and_names_the_samples(train_spoilt: Any, tmp_p
     assert json.loads((train_spoilt("hopeless", lambda call: False) / "summary.json").read_text())["bad_steps"] == 0
 
 
+def test_a_training_of_bad_steps_alone_is_no_success(train_spoilt: Any, tmp_path: Path) -> None:
+    """Also where it has fewer steps than max_bad_steps: it ended as finished."""
+    from lockstep.report.summary import Diverged
+
+    with pytest.raises(Diverged, match=r"diverged: steps 1 to 10 had no finite loss or gradient"):
+        train_spoilt("nothing", lambda call: True, "--train.max_bad_steps=100")
+    summary = json.loads((tmp_path / "runs" / "nothing" / "summary.json").read_text())
+    assert summary["state"] == "failed" and "test_accuracy" not in summary
+
+
 LONELY_FAULT = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]

@@ -215,6 +215,11 @@ def test_balanced_sampling_with_skipped_images_is_the_same_cached_and_streamed(
     assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
 
 
+def test_batch_norm_of_single_values_is_one_line(train_here: Any) -> None:
+    with pytest.raises(UserError, match="a batch norm sees one value a channel.*Raise --train.micro_batch_size"):
+        train_here(*QUICK, "--model.name=timm/test_resnet", "--model.dropout=0", "--train.micro_batch_size=1")
+
+
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, train_here: Any, fresh_accelerate: None) -> None:
     """With a validation split of its own: 20 of 135 images were deleted, and the order moved without a word."""
     folder = tmp_path / "pets"
@@ -244,6 +249,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, train_here: Any, f
         (["--schedule.warmup_epochs=9"], r"warmup_epochs=9"),
         (["--data.num_classes=3"], "10 classes"),
         (["--augment.grayscale=0.5"], "grey"),
+        (["--augment.mixup=0.2", "--train.micro_batch_size=1"], "mix the images of a microbatch, and it has one only"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_run(

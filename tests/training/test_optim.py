@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -104,6 +105,17 @@ def test_decay_groups_hold_every_trainable_parameter_once_in_order() -> None:
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
     assert decayed["params"] == [model[3].weight]
     assert [id(p) for p in free["params"]] == [id(p) for p in model.parameters() if p.requires_grad and p.ndim == 1]
+
+
+def test_what_a_timm_model_names_is_not_decayed() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    decayed, free = build_optimizer(OptimConfig("sgd", weight_decay=0.1, decay_all=False), model).param_groups
+    assert model.pos_embed.ndim > 1 and {"pos_embed", "cls_token"} <= set(model.no_weight_decay())
+    for parameter in (model.pos_embed, model.cls_token, model.head.bias):
+        assert any(parameter is one for one in free["params"]) and not any(
+            parameter is one for one in decayed["params"]
+        )
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
 def test_biases_without_decay_stand_still_under_zero_gradients() -> None:

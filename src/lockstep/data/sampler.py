@@ -174,6 +174,11 @@ def resolve_micro_batch_size(config: Config, num_processes: int, kept: int | Non
             f"micro_batch_size {micro}), which is too few for {num_processes} processes: launch at most {microbatches}"
             + (f", or set micro_batch_size to {_largest_fitting(batch_size, num_processes)}" if given else "")
         )
+    if micro == 1 and (config.augment.mixup or config.augment.cutmix):
+        raise UserError(
+            "--augment.mixup and --augment.cutmix mix the images of a microbatch, and it has one only: raise "
+            "--train.micro_batch_size=1"
+        )
     if config.runtime.static_graph and microbatches > num_processes:  # torch 2.15 fails an assertion
         raise UserError("--runtime.static_graph=true does not go with accumulation: leave one of them out")
     return micro

@@ -122,6 +122,9 @@ def pause(t: Training) -> int:
 def finish(t: Training) -> int:
     """Test the best weights and close the run; returns the exit code."""
     require_same_weights(t, int(digest(t.learner.model, t.learner.average)))
+    if t.meter.read(t.progress).bad_steps.total == t.progress.step:  # fewer than max_bad_steps, but all there were
+        t.checkpointer.wait()
+        report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
     t.stopwatch.read()

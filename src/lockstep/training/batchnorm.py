@@ -6,6 +6,9 @@ of processes, and DDP hands everyone rank 0's. Here a forward only leaves its ba
 real ones once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.training.tree import Subtrees, TreeExchange, add_to_right
+
+
+@contextmanager
+def single_values_explained() -> Iterator[None]:
+    """Within it, a batch norm that has one value a channel, whose variance is nothing, is a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UserError(
+            "a batch norm sees one value a channel, because the microbatch has one image and the layer's maps have one "
+            "pixel. Raise --train.micro_batch_size, or take larger images or another --model.name"
+        ) from error
 
 
 class RunningStatistics:

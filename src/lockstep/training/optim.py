@@ -43,7 +43,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module, *, may_fuse: bool = T
     Build it when `model` is on its device and has its dtype: the choice of kernel (and Adagrad's state) follows them.
     The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
     Everything that `config` does not set has torch's default. With `decay_all=false` biases and norm parameters (one
-    dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187.
+    dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187,
+    and so do those that a timm model's `no_weight_decay` names, such as position embeddings.
     The order within a group is that of `model.parameters()`, so equal models give interchangeable state dicts.
     Raises UserError for an unknown name and for a model without trainable parameters.
     """
@@ -55,7 +56,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module, *, may_fuse: bool = T
     options |= {setting: getattr(config, setting) for setting in record.settings}
     if may_fuse and _can_fuse(record, parameters):
         options["fused"] = True
-    optimizer = record.build(_parameter_groups(config, parameters), **options)
+    optimizer = record.build(_parameter_groups(config, model), **options)
     if config.name == "sgd" and config.momentum:
         # The first step makes them without filling them, and leaves them so if it is skipped (torch 2.15).
         for parameter in parameters:
@@ -67,12 +68,15 @@ def _can_fuse(record: Record, parameters: Sequence[Tensor]) -> bool:
     return all(p.device.type in record.fused_on and p.is_floating_point() and not is_sharded(p) for p in parameters)
 
 
-def _parameter_groups(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+def _parameter_groups(config: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.decay_all:
-        return [{"params": list(parameters)}]
+        return [{"params": list(named.values())}]
+    exempt: Any = getattr(model, "no_weight_decay", set)()
+    free = {name for name, parameter in named.items() if parameter.ndim <= 1 or name in exempt}
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in named.items() if name not in free]},
+        {"params": [parameter for name, parameter in named.items() if name in free], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
