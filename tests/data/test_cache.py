@@ -261,3 +261,17 @@ def test_sixteen_bit_grey_keeps_its_range_and_wider_pixels_are_refused(tmp_path)
     assert open_image(split, 0).size == (4, 1)
     with pytest.raises(ValueError, match="wide.tif has 32-bit pixels"):
         decode_row(split, 1, (1, 2, 1), None)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000, 100)])
+def test_a_very_long_image_takes_little_memory(size: tuple[int, int]) -> None:
+    """A PNG of 254 bytes would have been resized to 15 million times 256 pixels."""
+    image = Image.new("RGB", size, (7, 8, 9))
+    image.paste((200, 100, 50), tuple(side // 2 for side in size) + tuple(side // 2 + 1 for side in size))
+    assert decode(image, (224, 224, 3), 256).shape == (224, 224, 3)
+
+
+def test_an_image_of_usual_shape_is_seen_whole() -> None:
+    wide = Image.effect_noise((400, 100), 50).convert("RGB")
+    whole = wide.resize((1024, 256), Image.Resampling.BILINEAR).crop((400, 16, 624, 240))
+    assert np.array_equal(decode(wide, (224, 224, 3), 256), np.asarray(whole))

@@ -108,6 +108,7 @@ def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | N
             "set --augment.image_size to bring all images to one size"
         )
     if resize_size is not None and min(image.size) != resize_size:
+        image = _without_far_ends(image)
         scale = resize_size / min(image.size)
         size = (max(round(image.width * scale), resize_size), max(round(image.height * scale), resize_size))
         image = image.resize(size, Image.Resampling.BILINEAR)
@@ -115,6 +116,17 @@ def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | N
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     return np.asarray(image, dtype=np.uint8).reshape(shape)
+
+
+_LONGEST = 8
+"""Times its shorter side, as far as an image is looked at"""
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image that is much longer than wide: resized whole, 60,000 x 1 pixels would fill the memory."""
+    longest = _LONGEST * min(image.size)
+    left, top = ((side - min(side, longest)) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def decode_row(split: Split, row: int, shape: tuple[int, int, int], resize_size: int | None) -> np.ndarray:

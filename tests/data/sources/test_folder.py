@@ -111,3 +111,15 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "set/dog/z.png")
     with pytest.raises(UserError, match="set/dog/z.png is not a file: remove it"):
         open_named(name)
+
+
+def test_postscript_under_another_name_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = image_folder(tmp_path / "set")
+    (tmp_path / "set/cat/0.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    )
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    split = open_named(name).splits["train"]
+    row = next(row for row in range(len(split)) if split.where(row).endswith("cat/0.png"))
+    with pytest.raises(OSError, match="cannot identify image file"):
+        split.read(row).load()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of
+from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded
 from lockstep.errors import UserError
 from lockstep.settings.config import DataConfig
 
@@ -26,7 +26,7 @@ class _Files:
         return os.path.join(self.root, os.fsdecode(self.paths[row]))
 
     def __call__(self, row: int) -> Image.Image:
-        return Image.open(self.path(row))
+        return open_encoded(self.path(row))
 
 
 def open_folder(name: str, config: DataConfig) -> Source:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of
+from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded
 from lockstep.errors import UserError
 from lockstep.settings.config import DataConfig
 
@@ -30,7 +30,7 @@ class _HubImages:
         image = self.dataset[row][self.column]
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise OSError("the image is missing")
-        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        return open_encoded(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
 
     def where(self, row: int) -> str:
         image = self.dataset[row][self.column]

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 VAL_NAMES = ("validation", "valid", "val", "dev")
 """What others call a validation split"""
 
@@ -74,6 +75,14 @@ class RowName:
 
     def __call__(self, row: int) -> str:
         return f"{self.source}, {self.split} row {row}"
+
+
+def open_encoded(file: str | BinaryIO) -> Image.Image:
+    """An image of one of the usual formats, whatever its name says; its pixels are decoded when they are used.
+
+    Not every format that Pillow knows: some start other programs, as PostScript does.
+    """
+    return Image.open(file, formats=_FORMATS)
 
 
 def digest_of(*parts: bytes | np.ndarray) -> str:
