@@ -6,9 +6,12 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lockstep.errors import UserError
 
 MANIFEST = "manifest.json"
 
@@ -53,6 +56,18 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises FileNotFoundError, and UserError for what is no file: a pipe would be waited for.
+
+    Or ValueError for all that is not JSON.
+    """
+    _require_plain_file(path)
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deep") from error
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's own types; tensors and arrays as numbers or lists, non-finite floats as strings."""
     if isinstance(value, dict):
@@ -95,12 +110,15 @@ def write_manifest(folder: Path) -> None:
 def manifest_problem(folder: Path, required: Sequence[str]) -> str | None:
     """What is wrong with a folder, or None if it has the required files and every file is as its manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         unlisted = [name for name in required if name not in manifest]
         if unlisted:
             return f"{MANIFEST} does not list {unlisted[0]}"
         for name, expected in manifest.items():
             path = folder / name
+            if path.parent != folder:
+                return f"{MANIFEST} lists {name}, which lies elsewhere"
+            _require_plain_file(path)
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if checksum(path) != expected["sha256"]:
@@ -110,3 +128,9 @@ def manifest_problem(folder: Path, required: Sequence[str]) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
         return f"{MANIFEST} is not readable: {damage}"
     return None
+
+
+def _require_plain_file(path: Path) -> None:
+    """Raise UserError for what could be read for ever, or waited for: pipes, devices, sockets."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path} is not a file: remove it")

@@ -534,11 +534,13 @@ def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
 
 
 def test_trouble_with_links_and_old_checkpoints_is_a_warning_too(
-    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_in(tmp_path)
-    (run.checkpoints / "best").mkdir(parents=True)  # where the link belongs
-    parts = Parts(run, accelerator)
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")  # as file systems that know no links say
+
+    parts = Parts(run_in(tmp_path), accelerator)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
     parts.checkpointer.save(Progress(step=1), is_best=True)
     with caplog.at_level(logging.WARNING):
         parts.checkpointer.wait()

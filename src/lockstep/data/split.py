@@ -1,13 +1,12 @@
 """Which training samples are held out for validation: stratified, seeded, drawn once per run and then kept."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.errors import UserError
-from lockstep.files import write_json
+from lockstep.files import read_json, write_json
 from lockstep.settings.config import DataConfig
 
 _STREAM = 1 << 64  # second key word of Philox: keeps these draws apart from other uses of the same seed
@@ -74,10 +73,12 @@ def load_or_draw_split(
 
 def _read(path: Path, header: dict[str, object], count: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         val = np.asarray(saved["val_indices"], dtype=np.int64)
         differing = [key for key, value in header.items() if saved[key] != value]
         train_count = saved["train_count"]
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or start over with another --run.name") from error
     ascending = val.ndim == 1 and bool(np.all(np.diff(val) > 0)) and (not len(val) or 0 <= val[0] <= val[-1] < count)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +23,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lockstep.errors import UserError
-from lockstep.files import flush, manifest_problem, write_manifest
+from lockstep.files import flush, manifest_problem, read_json, write_manifest
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import is_sharded, part_of, whole
 from lockstep.models.weights import load_weights, put_weights
@@ -81,7 +83,12 @@ class Checkpointer:
             return Progress()
         state = load_checkpoint(folder, verify=False)
         put_weights(self._model, state.model, str(folder))
-        put_optimizer_state(self._optimizer, state.optimizer)
+        try:
+            put_optimizer_state(self._optimizer, state.optimizer)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as misfit:
+            raise UserError(
+                f"checkpoint {folder} cannot be used: its optimizer.pt is another's ({misfit!r})"
+            ) from misfit
         if self._average is not None:
             self._average.load_state_dict(state.ema)
         if self._accelerator.scaler is not None and state.scaler:
@@ -149,7 +156,10 @@ class Checkpointer:
 
 def _as_progress(values: dict[str, Any], folder: Path) -> Progress:
     try:
-        return Progress.from_dict(values)
+        progress = Progress.from_dict(values)
+        if folder_of(folder.parent, progress.step) != folder:
+            raise ValueError(f"it is that of step {progress.step}")
+        return progress
     except (KeyError, TypeError, ValueError) as problem:
         line = f"checkpoint {folder} cannot be used: its progress.json is another version's ({problem!r})"
         raise UserError(line) from problem
@@ -222,7 +232,10 @@ def point(checkpoints: Path, name: str, target: Path) -> None:
     aside = checkpoints / f".tmp_{name}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(target.name)
-    aside.replace(checkpoints / name)
+    place = checkpoints / name
+    if place.is_dir() and not place.is_symlink():  # a run that was copied without its links
+        place.rename(checkpoints / f".tmp_{name}_{secrets.token_hex(4)}")
+    aside.replace(place)
 
 
 def problem_with(folder: Path) -> str | None:
@@ -264,15 +277,18 @@ def load_checkpoint(folder: Path, *, verify: bool = True) -> State:
     ema = folder / "ema.safetensors"
     try:
         rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as refusal:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as refusal:
         raise UserError(f"checkpoint {folder} cannot be used: optimizer.pt holds more than tensors") from refusal
-    return State(
-        model=load_file(folder / "model.safetensors"),
-        optimizer=rest["optimizer"],
-        scaler=rest["scaler"],
-        progress=json.loads((folder / "progress.json").read_text()),
-        ema=load_file(ema) if ema.is_file() else {},
-    )
+    try:
+        return State(
+            model=load_file(folder / "model.safetensors"),
+            optimizer=rest["optimizer"],
+            scaler=rest["scaler"],
+            progress=read_json(folder / "progress.json"),
+            ema=load_file(ema) if ema.is_file() else {},
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as damage:
+        raise UserError(f"checkpoint {folder} cannot be used: {damage!r}") from damage
 
 
 def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -298,8 +314,9 @@ def prune(checkpoints: Path, config: CheckpointConfig) -> None:
     _remove_strays(checkpoints)
     steps = saved_steps(checkpoints)
     folders = [folder_of(checkpoints, step) for step in steps]
-    kept = [folder for folder in folders if not last.exists() or folder.name <= os.readlink(last)][-config.keep_last :]
-    if best.exists():
+    kept = [folder for folder in folders if not last.is_symlink() or folder.name <= os.readlink(last)]
+    kept = kept[-config.keep_last :]
+    if best.is_symlink():
         kept.append(checkpoints / os.readlink(best))
     if config.keep_every_steps:
         kept += [folder_of(checkpoints, step) for step in steps if step % config.keep_every_steps == 0]

@@ -1,6 +1,5 @@
 """The run folder: which run a command means, whether it may go on, and its summary."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UserError
-from lockstep.files import remove_unfinished, replace_file, write_json
+from lockstep.files import read_json, remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.lease import Lease
 from lockstep.settings.config import Config, changed_settings
@@ -43,12 +42,12 @@ class Run:
     @property
     def micro_batch_size(self) -> int | None:
         """The one that an earlier start had: another would change batch statistics, and with them the training."""
-        return self.summary.get("micro_batch_size")
+        return _count(self.summary.get("micro_batch_size"))
 
     @property
     def threads(self) -> int | None:
         """CPU threads of a process at the first start: another number gives other bits."""
-        return self.summary.get("threads")
+        return _count(self.summary.get("threads"))
 
     @property
     def is_finished(self) -> bool:
@@ -135,6 +134,10 @@ class Run:
         write_json(self.path / "summary.json", {**read_summary(self.path), **values})
 
 
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def open_run(config: Config, launch: Launch) -> Run:
     """The run that these settings name. Looks only, writes nothing.
 
@@ -166,8 +169,11 @@ def _require_same_settings(path: Path, config: Config) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What summary.json says; empty if there is none that can be read."""
+    """What summary.json says; empty if there is none that says anything. Raises UserError if it is no file."""
     try:
-        return json.loads((path / "summary.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        summary = read_json(path / "summary.json")
+    except UserError:
+        raise
+    except (FileNotFoundError, ValueError):
         return {}
+    return summary if isinstance(summary, dict) else {}

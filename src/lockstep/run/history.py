@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lockstep.files import replace_file
+from lockstep.files import read_json, replace_file
 
 HISTORY = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -31,10 +31,11 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """What environment.json says of every start so far; empty if there is none that can be read."""
     try:
-        starts = json.loads((run_dir / ENVIRONMENT).read_text())
+        starts = read_json(run_dir / ENVIRONMENT)
     except (OSError, ValueError):
         return []
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    known = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    return [start for start in known if isinstance(start.get("numerics", {}), dict)]
 
 
 def truncate_history(run_dir: Path, step: int) -> None:
@@ -56,9 +57,9 @@ def truncate_history(run_dir: Path, step: int) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("step", 0), int | float):
         return None
     return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 

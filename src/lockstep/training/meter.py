@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from lockstep.errors import UserError
 from lockstep.training.progress import BadSteps, Progress, Sums
 from lockstep.training.tree import tree_sum
 
@@ -81,7 +82,11 @@ def _windows(progress: Progress) -> tuple[Sums, Sums]:
 def _row(sums: Sums, numbers: range, microbatches: int, is_main: bool) -> list[float]:
     """A process's part of sums over all of them: its own microbatches' losses, and all counts on the main one."""
     losses = sums.losses or [0.0] * microbatches
-    assert len(losses) == microbatches, (len(losses), microbatches)
+    if len(losses) != microbatches:
+        raise UserError(
+            f"the checkpoint cannot be used: its progress.json has sums of {len(losses)} microbatches a step "
+            f"instead of {microbatches}"
+        )
     own = [loss if number in numbers else 0.0 for number, loss in enumerate(losses)]
     return own + ([sums.hits, sums.samples, sums.skipped] if is_main else [0] * _COUNTS)
 

@@ -1,6 +1,6 @@
 """How far training has come, and what its decisions rest on. All of it goes into every checkpoint."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 
@@ -91,4 +91,12 @@ class Progress:
             "epoch": Sums(**values["epoch"]),
             "bad_steps": BadSteps(**values["bad_steps"]),
         }
-        return cls(**{**values, **parts})
+        progress = cls(**{**values, **parts})
+        for record in (progress, progress.window, progress.epoch, progress.bad_steps):
+            for entry in fields(record):
+                value = getattr(record, entry.name)
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+                if (entry.type in (int, float) and not number) or (entry.type == list[float] and not numbers):
+                    raise TypeError(f"{entry.name} is {value!r}")
+        return progress
