@@ -61,14 +61,20 @@ def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor) -> Tens
 
 
 def uniforms(keys: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of each key's own stream: float64 (B, count) in [0, 1)."""
+    """The first `count` numbers of each key's own stream: `real_type` (B, count) in [0, 1)."""
     steps = torch.arange(1, 1 + count, device=keys.device) * _signed(_GOLDEN)
-    bits = _shift_right(mix_tensor(keys[:, None] + steps), 11)
-    return bits.to(torch.float64) * 2.0**-53
+    real = real_type(keys.device)
+    digits = 53 if real == torch.float64 else 24
+    return _shift_right(mix_tensor(keys[:, None] + steps), 64 - digits).to(real) * 2.0**-digits
+
+
+def real_type(device: torch.device) -> torch.dtype:
+    """The type of random numbers, and of what is computed from them: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draw(keys: Tensor, stream: str, count: int) -> Tensor:
-    """The first `count` numbers of the stream of that name, of each key (B,): float64 (B, count) in [0, 1).
+    """The first `count` numbers of the stream of that name, of each key (B,): `real_type` (B, count) in [0, 1).
 
     Streams of different names are unrelated: a name gives the keys another beginning each.
     """

@@ -7,6 +7,7 @@ import torch
 import torchvision.transforms.functional as TF
 from pictures import COLOURS, EVERYTHING, SINGLE, images_of, keys_of, planes, unscaled
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep.augment import colour, geometry
 from lockstep.augment.mix import mix
@@ -118,3 +119,22 @@ def test_brightness_and_contrast_work_on_grey_images() -> None:
     assert transform.precropped and transform.dtype == torch.float64
     output = transform.train(images_of(channels=1), keys_of())
     assert output.dtype == torch.float64 and not torch.equal(output, transform.evaluate(images_of(channels=1)))
+
+
+def test_where_a_device_has_no_float64_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple's GPUs; the few numbers of normalisation are made on the CPU."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                    assert tensor.numel() <= 3, f"{function} made float64 {tuple(tensor.shape)}"
+            return result
+
+    for place in ("randomness", "augment.geometry", "augment.transform"):
+        monkeypatch.setattr(f"lockstep.{place}.real_type", lambda device: torch.float32)
+    transform = Transform(AugmentConfig(**EVERYTHING), (0.5,) * 3, (0.2,) * 3, torch.float32)
+    images, keys = images_of(), keys_of()
+    with NoFloat64():
+        assert transform.train(images, keys).dtype == torch.float32

@@ -58,7 +58,7 @@ def noise(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def _normals(keys: Tensor, like: Tensor) -> Tensor:
-    """Standard normal numbers (B, C, H, W), float64, by Box and Muller (1958)."""
+    """Standard normal numbers (B, C, H, W) by Box and Muller (1958)."""
     draws = draw(keys, "noise", 2 * like.numel())
     radius = torch.sqrt(-2 * torch.log1p(-draws[:, : like.numel()]))
     return (radius * torch.cos(2 * math.pi * draws[:, like.numel() :])).view(-1, *like.shape)
@@ -76,11 +76,11 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Rotate the colour plane of YIQ by a share of a full turn, (B,): a linear stand-in for the hue of HSV."""
     to_yiq = torch.tensor(
         [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
-        dtype=torch.float64,
+        dtype=turns.dtype,
         device=pixels.device,
     )
-    angle = 2 * math.pi * turns.double()
-    rotation = torch.eye(3, dtype=torch.float64, device=pixels.device).repeat(len(turns), 1, 1)
+    angle = 2 * math.pi * turns
+    rotation = torch.eye(3, dtype=turns.dtype, device=pixels.device).repeat(len(turns), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
     matrices = (torch.linalg.inv(to_yiq) @ rotation @ to_yiq).to(pixels.dtype)

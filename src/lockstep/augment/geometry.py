@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.randomness import draw
+from lockstep.randomness import draw, real_type
 from lockstep.settings.config import AugmentConfig
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -43,7 +43,7 @@ def _mirrored(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(axis), images)
 
 
-# ---- warps: matrices (B, 3, 3), float64, that map output to input coordinates in [-1, 1]; aspect is width / height
+# ---- warps: matrices (B, 3, 3) that map output to input coordinates in [-1, 1]; aspect is width / height
 
 
 def affine(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
@@ -51,7 +51,7 @@ def affine(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     signed = 2 * draw(keys, "affine", 6) - 1
     angle, shear = torch.deg2rad(signed[:, 0] * config.rotation), torch.deg2rad(signed[:, 1] * config.shear)
     scale = 1 / (1 + signed[:, 2] * config.zoom)
-    matrices = torch.zeros(len(keys), 3, 3, dtype=torch.float64, device=keys.device)
+    matrices = torch.zeros(len(keys), 3, 3, dtype=real_type(keys.device), device=keys.device)
     matrices[:, 0, 0] = scale * angle.cos()
     matrices[:, 0, 1] = scale * (shear.tan() * angle.cos() - angle.sin()) / aspect
     matrices[:, 1, 0] = scale * angle.sin() * aspect
@@ -63,7 +63,7 @@ def affine(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
 
 def perspective(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     """Projective maps that take points inside the corners, by up to strength * half size, back to them."""
-    corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64, device=keys.device)
+    corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=real_type(keys.device), device=keys.device)
     moved = corners * (1 - config.perspective * draw(keys, "perspective", 8).view(-1, 4, 2))
     x, y = moved.unbind(-1)
     u, v = corners.expand_as(moved).unbind(-1)
@@ -78,7 +78,7 @@ def perspective(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
 def resized_crop(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     """A random crop, resized to the whole image."""
     x, y, width, height = crop_boxes(keys, config.resized_crop, aspect)
-    matrices = torch.eye(3, dtype=torch.float64, device=keys.device).repeat(len(keys), 1, 1)
+    matrices = torch.eye(3, dtype=real_type(keys.device), device=keys.device).repeat(len(keys), 1, 1)
     matrices[:, 0, 0], matrices[:, 0, 2] = width, 2 * x - 1
     matrices[:, 1, 1], matrices[:, 1, 2] = height, 2 * y - 1
     return matrices
@@ -123,8 +123,8 @@ def _first_that_fits(area: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tenso
 def warp(pixels: Tensor, homographies: Tensor) -> Tensor:
     """Resample floats (B, C, H, W) bilinearly; what lies outside is black."""
     _, _, height, width = pixels.shape
-    y = (torch.arange(height, dtype=torch.float64, device=pixels.device) * 2 + 1) / height - 1
-    x = (torch.arange(width, dtype=torch.float64, device=pixels.device) * 2 + 1) / width - 1
+    y = (torch.arange(height, dtype=homographies.dtype, device=pixels.device) * 2 + 1) / height - 1
+    x = (torch.arange(width, dtype=homographies.dtype, device=pixels.device) * 2 + 1) / width - 1
     points = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x * y[:, None])])
     mapped = homographies @ points.flatten(1)
     grid = (mapped[:, :2] / mapped[:, 2:]).transpose(1, 2).reshape(-1, height, width, 2)

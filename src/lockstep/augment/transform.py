@@ -15,6 +15,7 @@ from torch import Tensor
 from lockstep.augment import colour, geometry
 from lockstep.augment.mix import mix, mixes
 from lockstep.errors import UserError
+from lockstep.randomness import real_type
 from lockstep.settings.config import AugmentConfig, Config
 
 
@@ -104,8 +105,8 @@ class Transform:
         ]
 
     def _homographies(self, keys: Tensor, aspect: float) -> Tensor:
-        """Matrices (B, 3, 3), float64, that map output to input coordinates in [-1, 1]: the last warp comes first."""
-        matrices = torch.eye(3, dtype=torch.float64, device=keys.device)
+        """Matrices (B, 3, 3) that map output to input coordinates in [-1, 1]: the last warp comes first."""
+        matrices = torch.eye(3, dtype=real_type(keys.device), device=keys.device)
         for warp in self._wanted("warp"):
             matrices = warp.apply(keys, self.config, aspect) @ matrices
         return matrices

@@ -13,6 +13,7 @@ from lockstep.data.loader import EvaluationLoader
 from lockstep.errors import UserError
 from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.sharding import gathered
+from lockstep.randomness import real_type
 
 _COLUMNS = ("seen", "label", "loss", "prediction", "confidence", "better_classes")
 
@@ -34,7 +35,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     # MPS has no float64; float32 still holds counts and class numbers exactly. The last row says who was interrupted.
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    dtype = real_type(accelerator.device)
     rows = torch.zeros(len(loader.data) + 1, len(_COLUMNS), dtype=dtype, device=accelerator.device)
     with gathered(model):
         for samples, images, labels in loader:

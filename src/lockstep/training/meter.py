@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lockstep.errors import UserError
+from lockstep.randomness import real_type
 from lockstep.training.progress import BadSteps, Progress, Sums
 from lockstep.training.tree import tree_sum
 
@@ -22,7 +23,7 @@ class Meter:
 
     def __init__(self, progress: Progress, numbers: range, microbatches: int, accelerator: Accelerator) -> None:
         """Goes on from `progress`. `numbers` are those of this process's microbatches among all of a step."""
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        dtype = real_type(accelerator.device)
         rows = [_row(sums, numbers, microbatches, accelerator.is_main_process) for sums in _windows(progress)]
         self._sums = torch.tensor(rows, dtype=dtype, device=accelerator.device)
         self._step = torch.zeros_like(self._sums[0])
