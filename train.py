@@ -26,8 +26,8 @@ from lockstep.data.loader import TrainLoader
 from lockstep.data.sampler import build_sampler, resolve_micro_batch_size
 from lockstep.launch.accelerator import Launch, build_accelerator, end_program
 from lockstep.launch.kernels import missing_kernels_explained
-from lockstep.launch.numerics import keep_threads
 from lockstep.launch.preemption import Preemption
+from lockstep.launch.threads import keep_threads
 from lockstep.lease import Lease
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
@@ -83,7 +83,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     """Build everything, and go to where the run was."""
     config = run.config
     micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
-    keep_threads(config.runtime, run.threads, launch)
+    keep_threads(config.runtime, run.threads, launch.cores, on_cpu=launch.device.type == "cpu")
     data = build_data(config, run.path, write=launch.is_main)
     run.require_same_data(data.identity)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:

@@ -27,6 +27,7 @@ ORDER = [
     "settings.cli",
     "settings.registry",
     "launch.machine",
+    "launch.threads",
     "launch.guards",
     "launch.imports",
     "launch.kernels",

@@ -8,7 +8,7 @@ import torch
 
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.machine import cpu_model
-from lockstep.launch.numerics import describe_changes, describe_exactness, keep_threads, numerics_of, sums_in_order
+from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of, sums_in_order
 from lockstep.settings.config import RuntimeConfig
 
 LAUNCH = Launch(torch.device("cpu"), 2, 0, 0, "bf16", 4)
@@ -46,21 +46,6 @@ def test_changes_are_named() -> None:
     assert describe_changes(before, {"device": "B", "exact": True, "cuda": "13"}) == (
         "device A -> B, threads 2 -> None, cuda None -> 13"
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "kept", "cores", "expected"),
-    [
-        (RuntimeConfig(), 2, 4, 2),
-        (RuntimeConfig(), None, 4, 3),  # a first start
-        (RuntimeConfig(), 8, 4, 3),  # more than this machine has
-        (RuntimeConfig(threads=3), 2, 4, 3),
-    ],
-)
-def test_a_run_keeps_its_threads(config: RuntimeConfig, kept: int | None, cores: int, expected: int) -> None:
-    torch.set_num_threads(3)
-    keep_threads(config, kept, replace(LAUNCH, cores=cores))
-    assert torch.get_num_threads() == expected
 
 
 def test_settings_that_leave_the_promise_say_so() -> None:

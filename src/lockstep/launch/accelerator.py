@@ -17,7 +17,8 @@ from lockstep.errors import UserError
 from lockstep.launch.guards import refuse_lonely_launch, require_world_size, resolve_precision, resolve_sharding
 from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.kernels import choose_kernels
-from lockstep.launch.machine import end_with_launcher, keep_freed_memory, owned_cores
+from lockstep.launch.machine import end_with_launcher, keep_freed_memory
+from lockstep.launch.threads import choose_threads, owned_cores
 from lockstep.settings.config import RuntimeConfig
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
@@ -124,7 +125,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     if not config.compile:
         leave_compiler_out()
     cores = owned_cores()
-    torch.set_num_threads(config.threads or cores)
+    choose_threads(config, cores)
     if on_cpu:
         keep_freed_memory()
     return accelerator, Launch(

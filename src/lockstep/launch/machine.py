@@ -1,4 +1,4 @@
-"""The machine that this process runs on: cores, memory, and what ends a process when the one above it dies."""
+"""The machine that this process runs on: its devices, memory, and what ends a process when the one above it dies."""
 
 import contextlib
 import ctypes
@@ -11,22 +11,11 @@ import torch
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def local_processes() -> int:
     """Processes of this run on this machine, among which its cores and its memory are divided."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
-def owned_cores() -> int:
-    """Cores of this process: its share of the machine's; the word of SLURM or a container counts where none binds."""
-    cores = len(os.sched_getaffinity(0))
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        quota, period = map(int, _CPU_QUOTA.read_text().split())
-        cores = max(1, min(cores, quota // period))
-    return max(1, cores // local_processes())
 
 
 def has_fast_bf16(on_cpu: bool) -> bool:

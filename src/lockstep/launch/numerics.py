@@ -33,12 +33,6 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
     }
 
 
-def keep_threads(config: RuntimeConfig, kept: int | None, launch: Launch) -> None:
-    """On a CPU, use as many threads as the run's first start, unless settings say otherwise or cores are too few."""
-    if launch.device.type == "cpu" and config.threads is None and kept is not None and kept <= launch.cores:
-        torch.set_num_threads(kept)
-
-
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two numerics, `threads 2 -> 1, exact True -> False`; empty if nothing does."""
     keys = dict.fromkeys([*before, *now])
