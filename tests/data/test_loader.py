@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 from programs import start
 
 from lockstep.data.images import SKIPPED_LABEL, Data, ImageSet, build_data
-from lockstep.data.loader import EVALUATION_BATCH, Batch, EvaluationLoader, TrainLoader
+from lockstep.data.loader import EVALUATION_BATCH, Batch, EvaluationLoader, TrainLoader, _without_broken_connections
 from lockstep.data.sampler import Sampler, build_sampler
 from lockstep.launch.accelerator import Launch
 from lockstep.randomness import sample_keys
@@ -320,3 +321,11 @@ def test_a_skipped_image_of_a_streamed_evaluation_has_no_label(tmp_path: Path) -
     (place,) = (labels == SKIPPED_LABEL).nonzero().flatten().tolist()
     assert torch.equal(samples, torch.arange(8)) and data.test.split.where(place).endswith("035.jpg")
     assert not images[place].any()
+
+
+def test_a_worker_says_nothing_of_a_program_that_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    failures = [(ConnectionResetError, ConnectionResetError()), (EOFError, EOFError()), (KeyError, KeyError("slip"))]
+    for kind, error in failures:
+        _without_broken_connections(threading.ExceptHookArgs((kind, error, None, None)))
+    printed = capfd.readouterr().err
+    assert "KeyError: 'slip'" in printed and "Connection" not in printed and "EOF" not in printed

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -149,8 +150,15 @@ def _begin_work(program: int, worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal_at_death_of_parent(signal.SIGKILL)
+    threading.excepthook = _without_broken_connections
     if multiprocessing.get_start_method() == "fork" and os.getppid() != program:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _without_broken_connections(failure: threading.ExceptHookArgs) -> None:
+    """Seen: a thread of a worker that was handing images to a program that was ending, and printed its traceback."""
+    if not issubclass(failure.exc_type, ConnectionError | EOFError):
+        threading.__excepthook__(failure)
 
 
 def _data_loader(
