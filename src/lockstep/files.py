@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
     Or ValueError for all that is not JSON.
     """
-    _require_plain_file(path)
+    require_plain_file(path)
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
@@ -118,7 +118,7 @@ def manifest_problem(folder: Path, required: Sequence[str]) -> str | None:
             path = folder / name
             if path.parent != folder:
                 return f"{MANIFEST} lists {name}, which lies elsewhere"
-            _require_plain_file(path)
+            require_plain_file(path)
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if checksum(path) != expected["sha256"]:
@@ -130,7 +130,7 @@ def manifest_problem(folder: Path, required: Sequence[str]) -> str | None:
     return None
 
 
-def _require_plain_file(path: Path) -> None:
+def require_plain_file(path: Path) -> None:
     """Raise UserError for what could be read for ever, or waited for: pipes, devices, sockets."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path} is not a file: remove it")

@@ -42,6 +42,7 @@ def test_decodes_into_the_cache_once_and_makes_no_run(tmp_path: Path, monkeypatc
     assert any(line.startswith("decoded images: none") for line in streamed)
 
 
+@pytest.mark.slow
 def test_weights_out_of_reach_are_one_line(tmp_path: Path) -> None:
     arguments = ["--model.name=timm/resnet18", "--model.pretrained=true", f"--data.cache_dir={tmp_path}"]
     command = [sys.executable, "-m", "lockstep", "prepare", *arguments]

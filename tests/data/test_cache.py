@@ -18,6 +18,7 @@ from PIL import Image
 from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, open_image
 from lockstep.data.sources.kinds import open_source
 from lockstep.data.sources.source import Split
+from lockstep.errors import UserError
 from lockstep.settings.config import DataConfig
 
 SHAPE = (6, 5, 1)
@@ -101,7 +102,19 @@ def old_description(path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(description | {"crc32": 1}))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_one_bit, Path.unlink, empty_description, old_description])
+def become_a_zip(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, images=np.zeros(3))
+
+
+def nest_description(path: Path) -> None:
+    path.with_suffix(".json").write_text("[" * 100_000)
+
+
+DAMAGE = [truncate, flip_one_bit, Path.unlink, empty_description, old_description, become_a_zip, nest_description]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_reported_and_built_again(tmp_path, caplog, damage) -> None:
     cache(tmp_path)
     damage(cache_file(tmp_path))
@@ -261,6 +274,15 @@ def test_sixteen_bit_grey_keeps_its_range_and_wider_pixels_are_refused(tmp_path)
     assert open_image(split, 0).size == (4, 1)
     with pytest.raises(ValueError, match="wide.tif has 32-bit pixels"):
         decode_row(split, 1, (1, 2, 1), None)
+
+
+def test_a_pipe_in_the_place_of_the_cache_is_named(tmp_path) -> None:
+    cache(tmp_path)
+    place = cache_file(tmp_path)
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(UserError, match="is not a file: remove it"):
+        cache(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000, 100)])

@@ -64,6 +64,7 @@ def test_one_thread_from_the_launcher_is_overruled(tmp_path: Path, all_cores: se
     assert f"{len(all_cores)} CPU threads" in printed
 
 
+@pytest.mark.slow
 def test_numbers_that_do_not_fit_the_launch_end_all_ranks_with_one_message(tmp_path: Path) -> None:
     done = launch(*QUICK, "--train.batch_size=64", cwd=tmp_path, processes=3, timeout_seconds=60)
     assert done.returncode != 0

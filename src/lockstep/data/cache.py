@@ -16,7 +16,7 @@ from PIL import Image
 
 from lockstep.data.sources.kinds import Split
 from lockstep.errors import UserError
-from lockstep.files import remove_unfinished, written_aside
+from lockstep.files import read_json, remove_unfinished, require_plain_file, written_aside
 from lockstep.lease import held
 
 _logger = logging.getLogger(__name__)
@@ -183,14 +183,17 @@ def _open_verified(path: Path, shape: tuple[int, ...], *, warn: bool) -> tuple[n
     if not path.exists() and not description_path.exists():
         return None
     try:
-        description = json.loads(description_path.read_text())
+        description = read_json(description_path)
+        require_plain_file(path)
         images = np.load(path, mmap_mode="c", allow_pickle=False)
         skipped = np.zeros(shape[0], dtype=bool)
         skipped[np.asarray(description["skipped"], dtype=np.int64)] = True
         if images.shape == shape and images.dtype == np.uint8 and _checksum(images) == description["crc32"]:
             return images, skipped
         problem = "its content differs from what was written"
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError) as error:
         problem = " ".join(str(error).split())
     if warn:
         _logger.warning("the image cache %s is damaged (%s): decoding the images again", path, problem)
