@@ -17,7 +17,14 @@ from PIL import Image
 from programs import start
 
 from lockstep.data.images import SKIPPED_LABEL, Data, ImageSet, build_data
-from lockstep.data.loader import EVALUATION_BATCH, Batch, EvaluationLoader, TrainLoader, _without_broken_connections
+from lockstep.data.loader import (
+    EVALUATION_BATCH,
+    Batch,
+    EvaluationLoader,
+    TrainLoader,
+    _without_broken_connections,
+    evaluation_batch,
+)
 from lockstep.data.sampler import Sampler, build_sampler
 from lockstep.launch.accelerator import Launch
 from lockstep.randomness import sample_keys
@@ -329,3 +336,8 @@ def test_a_worker_says_nothing_of_a_program_that_ended(capfd: pytest.CaptureFixt
         _without_broken_connections(threading.ExceptHookArgs((kind, error, None, None)))
     printed = capfd.readouterr().err
     assert "KeyError: 'slip'" in printed and "Connection" not in printed and "EOF" not in printed
+
+
+@pytest.mark.parametrize(("side", "images"), [(8, 256), (224, 256), (448, 64), (1024, 12), (5000, 1)])
+def test_large_images_are_evaluated_in_smaller_batches(side: int, images: int) -> None:
+    assert evaluation_batch((3, side, side)) == images

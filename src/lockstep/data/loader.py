@@ -89,8 +89,17 @@ class TrainLoader:
             yield Batch(*(part.to(self._launch.device, non_blocking=True) for part in (images, labels, keys)))
 
 
+def evaluation_batch(shape: tuple[int, int, int]) -> int:
+    """Images of a batch: fewer of more than 224x224 pixels, so that the first validation does not run out of memory.
+
+    A function of the data's shape alone: the same on every launch, and in eval.py.
+    """
+    _, height, width = shape
+    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 224 * 224 // (height * width)))
+
+
 class EvaluationLoader:
-    """A set in fixed order and batches of EVALUATION_BATCH, every process_index-th batch on this process."""
+    """A set in fixed order and batches of `evaluation_batch`, every process_index-th batch on this process."""
 
     def __init__(self, data: ImageSet, num_classes: int, launch: Launch, config: Config) -> None:
         self.data, self.num_classes = data, num_classes
@@ -99,8 +108,9 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Sample indices int64 (B,), images uint8 (B, H, W, C) and labels int64 (B,), on the device."""
         device = self._launch.device
-        starts = range(0, len(self.data), EVALUATION_BATCH)[self._launch.process_index :: self._launch.num_processes]
-        batches = [torch.arange(start, min(start + EVALUATION_BATCH, len(self.data))) for start in starts]
+        size = evaluation_batch(self.data.shape)
+        starts = range(0, len(self.data), size)[self._launch.process_index :: self._launch.num_processes]
+        batches = [torch.arange(start, min(start + size, len(self.data))) for start in starts]
         if self.data.images is not None:
             for samples in batches:
                 images = self.data.images.index_select(0, self.data.rows[samples])
