@@ -32,7 +32,7 @@ from lockstep.lease import Lease
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
 from lockstep.report.milestones import Training, finish, log, pause, save, validate
-from lockstep.report.summary import Diverged, open_tracker
+from lockstep.report.summary import Diverged, changed_numerics, open_tracker
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
@@ -59,6 +59,8 @@ def train(config: Config) -> int:
     run = open_run(config, launch)
     if run.is_finished:
         launch.say(run.describe_result())
+        if note := changed_numerics(run.path, config.runtime, launch):
+            launch.say(f"note: this start would be another training, bit for bit: {note}")
         return 0
     preemption = Preemption(config.run, run.path, launch)
     with run.owned(launch) as lease:

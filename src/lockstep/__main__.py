@@ -16,6 +16,10 @@ COMMANDS = {
 """Each is a module in `commands/` with a `main(arguments)` that returns the exit code"""
 
 
+_AS_TRAINING = ("doctor", "prepare")
+"""Those that take train.py's arguments"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that comes first in `arguments` (default: the program's own) with the rest of them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -27,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_errors():
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name}: {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}")
-        return importlib.import_module(f"lockstep.commands.{name}").main(rest)
+        command = importlib.import_module(f"lockstep.commands.{name}")
+        if name in _AS_TRAINING and {"-h", "--help"} & set(rest):
+            print(f"{command.__doc__}\nIt takes train.py's arguments:\n")
+        return command.main(rest)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """lockstep verify: a stretch of a run recomputed, by one process or several, and found equal or not."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from programs import QUICK, finish, launch_command, start
 
 from lockstep.commands.verify import plan_of
 from lockstep.errors import UserError
-from lockstep.run.history import read_history
+from lockstep.run.history import read_history, read_starts
 
 SETTINGS = (*QUICK, "--runtime.threads=1", "--log.every_steps=1", "--checkpoint.every_steps=2", "--run.name=mine")
 VERIFY = """
@@ -59,7 +61,7 @@ def test_a_run_that_is_not_what_its_settings_give_is_found_out(run: Path, server
     finally:
         history.write_text(honest)
     assert f"equal to the last bit through step 9; the train line of step 10 has digest {'0' * 16} in one" in printed
-    assert printed.strip().endswith("numerics are the same")
+    assert "numerics are the same (" in printed and printed.strip().endswith("is removed again)")
 
 
 @pytest.mark.slow
@@ -82,3 +84,22 @@ def test_what_cannot_be_recomputed_is_one_line(run: Path, tmp_path: Path) -> Non
 
 def test_the_nearest_checkpoint_before_is_where_it_begins(run: Path) -> None:
     assert [plan_of(run, step).first for step in (1, 2, 3, 5, 6)] == [0, 0, 2, 4, 5]
+
+
+def test_a_stretch_is_recomputed_as_the_start_that_made_it(run: Path, tmp_path: Path) -> None:
+    """Not as the last one: lines of fp32 that were judged in bf16 were called false."""
+    copy = tmp_path / "x"
+    shutil.copytree(run, copy, symlinks=True)
+    (first,) = read_starts(run)
+    numerics = {**first["numerics"], "precision": "bf16", "threads": 7}
+    second = {**first, "step": 5, "precision": "bf16", "numerics": numerics}
+    (copy / "environment.json").write_text(json.dumps([first, second]))
+    for step, precision, threads in ((4, "no", 1), (5, "no", 1), (10, "bf16", 7)):
+        arguments = plan_of(copy, step).arguments
+        assert f"--runtime.precision={precision}" in arguments and f"--runtime.threads={threads}" in arguments
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="steps 1 to 10 of .* were made in two ways .*fp32 -> bf16.* after step 5"):
+        plan_of(copy, 10)
+    third = {**first, "step": 0}  # from the beginning again: it cut what those before it had written
+    (copy / "environment.json").write_text(json.dumps([first, second, third]))
+    assert "--runtime.precision=no" in plan_of(copy, 10).arguments

@@ -114,6 +114,9 @@ def _describe_numerics(one: Path, other: Path) -> str:
 
 def _compare_weights(options: argparse.Namespace) -> int:
     a, b = (_all_weights(run, options.checkpoint) for run in options.runs)
+    folders = [(run / "checkpoints" / options.checkpoint).resolve().name for run in options.runs]
+    if folders[0] != folders[1] and all(folder.startswith("step_") for folder in folders):
+        print(f"note: these are the weights of {folders[0]} and of {folders[1]}")
     differences = relative_differences(a, b)
     if options.per_tensor:
         width = max(map(len, differences))

@@ -6,6 +6,8 @@ beside it, until step N; then the digests of every line between are compared. On
 """
 
 import argparse
+import itertools
+import math
 import os
 import runpy
 import shutil
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lockstep.commands.compare import compare_histories
 from lockstep.errors import UserError
@@ -21,7 +24,7 @@ from lockstep.launch.numerics import describe_changes
 from lockstep.run.checkpoint import folder_of, saved_steps
 from lockstep.run.folder import KEPT, read_summary
 from lockstep.run.history import ENVIRONMENT, HISTORY, read_history, read_starts
-from lockstep.settings.cli import RECIPES, parse_config, trained_precision
+from lockstep.settings.cli import RECIPES, parse_config
 from lockstep.settings.yaml import config_to_yaml
 
 
@@ -53,11 +56,40 @@ def plan_of(run: Path, step: int | None) -> Plan:
         hint = f"the nearest are {' and '.join(map(str, sorted(near)))}" if near else "none has one"
         raise UserError(f"{run} has no line with a digest for step {last}: {hint}")
     first = max((saved for saved in saved_steps(run / "checkpoints") if saved < last), default=0)
-    arguments = ["--config", str(run / "config.yaml"), *trained_precision(run)]
+    arguments = ["--config", str(run / "config.yaml"), *_numerics_of_stretch(run, first, last)]
     arguments += [f"--train.max_steps={last}", "--run.resume=auto", "--checkpoint.every_steps=null"]
     arguments += ["--log.wandb=disabled", "--log.tensorboard=false", "--log.figures=false"]
     plan = Plan(run, first, last, arguments)
     return Plan(run, first, last, [*arguments, f"--run.root={plan.folder.parent}", f"--run.name={plan.folder.name}"])
+
+
+def _starts_of_stretch(run: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """The starts whose lines for steps after `first`, up to `last`, are in the run's history."""
+    starts, end, found = read_starts(run), math.inf, []
+    for start in reversed(starts):  # each cut what those before it had written after its own beginning
+        begin = start.get("step", 0)
+        if max(begin, first) < min(end, last):
+            found.append(start)
+        end = min(end, begin)
+    return found[::-1]
+
+
+def _numerics_of_stretch(run: Path, first: int, last: int) -> list[str]:
+    """The flags for what these steps were computed with; raises UserError if it was not one thing."""
+    starts = _starts_of_stretch(run, first, last)
+    for before, after in itertools.pairwise(starts):
+        if changes := describe_changes(before.get("numerics", {}), after.get("numerics", {})):
+            raise UserError(
+                f"steps {first + 1} to {last} of {run} were made in two ways ({changes} after step {after['step']}): "
+                "choose another --step"
+            )
+    if not starts:
+        return []
+    numerics = starts[-1].get("numerics", {})
+    flags = [f"--runtime.precision={starts[-1].get('precision', 'launch')}"]
+    return flags + [
+        f"--runtime.{key}={str(numerics[key]).lower()}" for key in ("threads", "exact", "compile") if key in numerics
+    ]
 
 
 def prepare(plan: Plan) -> None:
@@ -93,7 +125,8 @@ def verdict_of(plan: Plan) -> tuple[bool, str]:
     what = f"steps {plan.first + 1} to {plan.last} of {plan.run}"
     if verdict == f"equal to the last bit through step {plan.last}":
         return True, f"{what}, recomputed here: equal to the last bit"
-    then, now = (read_starts(folder)[-1].get("numerics", {}) for folder in (plan.run, plan.folder))
+    starts = _starts_of_stretch(plan.run, plan.first, plan.last) or [{}]
+    then, now = (start.get("numerics", {}) for start in (starts[-1], read_starts(plan.folder)[-1]))
     return False, f"{what}, recomputed here: {verdict}; numerics {describe_changes(then, now) or 'are the same'}"
 
 
@@ -111,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _train(plan.arguments)
         if is_main:
             equal, line = verdict_of(plan)
-            print(line)
+            print(f"{line} ({plan.folder} is removed again)")
             return 0 if equal else 1
         return 0
     finally:

@@ -1,5 +1,6 @@
 """What the bits of a result depend on, beside settings and data."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,6 +8,16 @@ import torch
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.machine import cpu_model
 from lockstep.settings.config import RuntimeConfig
+
+_CHOOSING_KERNELS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+)
+"""Variables of the environment by which libraries choose other kernels"""
 
 
 def sums_in_order(config: RuntimeConfig) -> bool:
@@ -28,6 +39,7 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
         **({} if on_gpu else {"threads": torch.get_num_threads()}),
         "torch": torch.__version__,
         **libraries,
+        **{name: os.environ[name] for name in _CHOOSING_KERNELS if name in os.environ},
         "exact": sums_in_order(config),
         "compile": config.compile,
     }

@@ -116,7 +116,7 @@ def pause(t: Training) -> int:
     """Save and close a run that was asked to stop; returns the exit code."""
     save(t, is_best=False)
     t.checkpointer.wait(must_succeed=True)
-    return report_pause(t.run, t.tracker, t.progress, t.preemption)
+    return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
 
 
 def finish(t: Training) -> int:
@@ -129,7 +129,7 @@ def finish(t: Training) -> int:
     predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
     t.stopwatch.read()
     if predictions is None:
-        return report_pause(t.run, t.tracker, t.progress, t.preemption)
+        return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
     t.tracker.log(test_record(t.progress, t.calendar, predictions))
     report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
     return 0

@@ -21,6 +21,7 @@ from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history, read_starts
 from lockstep.run.tracker import Tracker, build_tracker
+from lockstep.settings.config import RuntimeConfig
 from lockstep.training.calendar import Calendar
 from lockstep.training.progress import Progress
 
@@ -35,12 +36,16 @@ def open_tracker(
     if launch.is_main:
         kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads()}
         run.create(**kept, data=data.identity)
-    before, numerics = read_starts(run.path), numerics_of(config.runtime, launch)
-    environment = describe_environment() | launch.as_dict(sampler.microbatches_per_step) | {"numerics": numerics}
+    changes, numerics = changed_numerics(run.path, config.runtime, launch), numerics_of(config.runtime, launch)
+    environment = (
+        describe_environment()
+        | launch.as_dict(sampler.microbatches_per_step)
+        | {"step": progress.step, "numerics": numerics}
+    )
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
     if progress.restarts:
         tracker.say(f"continuing {run.path} after step {progress.step}")
-        if changes := describe_changes(before[-1].get("numerics", {}), numerics) if before else "":
+        if changes:
             tracker.say(f"note: from here on bits may differ from those of an unbroken run: {changes}")
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, sampler.micro_batch_size)}")
     if note := describe_exactness(config.runtime, launch):
@@ -54,9 +59,20 @@ def open_tracker(
     return tracker
 
 
-def report_pause(run: Run, tracker: Tracker, progress: Progress, preemption: Preemption) -> int:
+def changed_numerics(run_dir: Path, config: RuntimeConfig, launch: Launch) -> str:
+    """In what the numerics of now differ from those of the run's last start; empty if in nothing, or if it has none."""
+    starts = read_starts(run_dir)
+    return describe_changes(starts[-1].get("numerics", {}), numerics_of(config, launch)) if starts else ""
+
+
+def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, preemption: Preemption) -> int:
     """Close a run that was asked to stop; returns the exit code."""
-    summary = {"state": "preempted", "steps": progress.step, **_times(progress)}
+    summary = {
+        "state": "preempted",
+        "steps": progress.step,
+        "epochs": calendar.epoch_of(progress.step),
+        **_times(progress),
+    }
     if tracker.is_main:
         run.write_summary(**summary)
     tracker.say(f"stopped after step {progress.step} ({preemption.reason}), saved; the same command continues")
