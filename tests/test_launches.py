@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
+from launches import NETWORKS, PROOF, train_on
 from programs import ROOT, finish, launch, start, wait_for_step
 from runs import differences
 
@@ -20,48 +21,6 @@ from lockstep.models.weights import load_weights
 from lockstep.run.history import read_starts
 
 pytestmark = pytest.mark.launch
-
-MICROBATCHES = 8
-PROOF = (
-    "--runtime.threads=1",
-    "--data.sampling=balanced",
-    "--data.repeats=2",
-    "--train.batch_size=128",
-    "--train.micro_batch_size=16",
-    "--train.epochs=2",
-    "--train.max_steps=12",
-    "--train.ema_decay=0.9",
-    "--augment.mixup=0.4",
-    "--augment.cutmix=1.0",
-    "--augment.erasing=0.3",
-    "--augment.translate=0.1",
-    "--optim.name=sgd",
-    "--optim.lr=0.05",
-    "--optim.momentum=0.9",
-    "--optim.clip_norm=0.5",
-    "--schedule.name=plateau",
-    "--schedule.patience=0",
-    "--checkpoint.every_steps=5",
-    "--log.every_steps=1",
-    "--log.wandb=disabled",
-    "--log.tensorboard=false",
-    "--log.figures=false",
-)
-NETWORKS = {
-    "fashion_cnn": ("--model.name=fashion_cnn", "--model.dropout=0.3"),
-    "resnet": ("--model.name=timm/test_resnet", "--model.drop_path=0.2", "--model.dropout=0.2"),
-}
-
-
-def train_on(server: ForkServer, processes: int, place: Path, *settings: str) -> Path:
-    """A run of the same name in a folder for each number of processes."""
-    folder = place / str(processes)
-    server.run(processes, folder, *PROOF, *settings, "--run.name=proof", f"--data.cache_dir={place / 'cache'}")
-    run = folder / "runs" / "proof"
-    (started,) = read_starts(run)
-    # A test that does not see all processes at work proves nothing.
-    assert (started["processes"], started["accumulation"]) == (processes, -(-MICROBATCHES // processes))
-    return run
 
 
 @pytest.mark.parametrize("network", NETWORKS)

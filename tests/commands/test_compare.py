@@ -34,7 +34,9 @@ def history(digests: str, **more: Any) -> list[dict[str, Any]]:
 
 def write_history(run: str, digests: str, *numerics: dict[str, Any]) -> None:
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history(digests)))
-    (Path(run) / "environment.json").write_text(json.dumps([{"numerics": start} for start in numerics]))
+    (Path(run) / "environment.json").write_text(
+        json.dumps([{"numerics": start, "step": 10 * i} for i, start in enumerate(numerics)])
+    )
 
 
 def test_histories_are_equal_through_the_last_line_before_one_that_differs() -> None:
@@ -62,7 +64,7 @@ def test_runs_that_part_are_told_with_their_numerics(tmp_path: Path, capsys: pyt
     main([a, b])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("equal to the last bit through step 20; the train line of step 30")
-    assert lines[1] == f"numerics: threads 2 -> 1; changed at a restart of {b}: exact True -> False"
+    assert lines[1] == f"numerics: threads 2 -> 1; changed after step 10 of {b}: exact True -> False"
     write_history(b, "abd", NUMERICS)
     main([a, b])
     assert "numerics are the same" in capsys.readouterr().out

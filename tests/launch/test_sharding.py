@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import ForkServer
+from launches import NETWORKS, PROOF, train_on
 from programs import ROOT, finish, launch, launch_command, ranks_of, start, wait_for_step
 from runs import differences
-from test_launches import NETWORKS, PROOF, train_on
 from torch import nn
 
 from lockstep.commands.compare import relative_differences

@@ -6,6 +6,7 @@ last line whose digest is the same. Where they part, the numerics of both tell w
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _describe_numerics(one: Path, other: Path) -> str:
     """In what the starts of two runs differ that the bits depend on."""
-    numerics = [[start.get("numerics", {}) for start in read_starts(run)] or [{}] for run in (one, other)]
-    changes = describe_changes(numerics[0][0], numerics[1][0])
+    both = [read_starts(run) or [{}] for run in (one, other)]
+    changes = describe_changes(*(starts[0].get("numerics", {}) for starts in both))
     found = [f"numerics: {changes}"] if changes else []
-    for run, starts in zip((one, other), numerics, strict=True):
-        for before, now in zip(starts, starts[1:], strict=False):
-            if changes := describe_changes(before, now):
-                found.append(f"changed at a restart of {run}: {changes}")
+    for run, starts in zip((one, other), both, strict=True):
+        for before, now in pairwise(starts):
+            if changes := describe_changes(before.get("numerics", {}), now.get("numerics", {})):
+                found.append(f"changed after step {now.get('step', '?')} of {run}: {changes}")
     return "; ".join(found) or "numerics are the same"
 
 
