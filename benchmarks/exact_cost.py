@@ -4,12 +4,13 @@
     accelerate launch --config_file accelerate_configs/cpu_2proc.yaml benchmarks/exact_cost.py    # two processes
 
 Both train the same network on the same images in the same program: forward, backward, the exchange of gradients, batch
-norm, clipping, the optimizer. Prints the ratio of their times (median of pairs of stretches), and what memory the sums
-of microbatches take.
+norm, clipping, the optimizer. Prints the ratio of their times (median of pairs of stretches), what memory the sums of
+microbatches take, and what a digest of the weights, of which every log line has one, takes beside a step.
 
-Measured on a 2-core AMD EPYC (AVX512-BF16), median of pairs, one process x 8 microbatches and two processes x 4:
-cifar10_cnn in fp32 1.002 and 1.014, in bf16 1.019 and 1.006; resnet_basic (`--steps 2 --pairs 9`) 0.992 and 1.018;
-fashion_cnn 0.973 and 1.001. On GPUs: not yet run.
+Measured on a 2-core AMD EPYC (AVX512-BF16), medians of pairs. One process, stretches of 20 steps, 21 to 25 pairs,
+twice: cifar10_cnn in fp32 1.015 and 1.019, in bf16 1.006 and 1.009. Shorter series: resnet_basic (`--steps 2`) 0.992,
+1.035 and 1.009, fashion_cnn 0.973 and 1.004; two processes: cifar10_cnn 1.014, in bf16 1.006, resnet_basic 1.018 and
+1.023, fashion_cnn 1.001. A digest: 0.003 to 0.03 steps. On GPUs: not yet run.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lockstep.data.loader import TrainLoader
 from lockstep.data.sampler import build_sampler
 from lockstep.launch.accelerator import Launch, build_accelerator, end_program
 from lockstep.launch.kernels import choose_kernels
+from lockstep.run.digest import digest
 from lockstep.settings.cli import parse_config
 from lockstep.settings.config import Config
 from lockstep.training.batchnorm import RunningStatistics
@@ -76,12 +78,22 @@ class Side:
         self.statistics.commit(bad)
 
 
+def digest_in_steps(side: Side, pairs: int) -> float:
+    """Time of a digest as a share of a step's, median of both in turn."""
+    shares = []
+    for _ in range(pairs):
+        step_seconds, begun = side.seconds(1), time.perf_counter()
+        int(digest(side.learner.model, side.learner.average))
+        shares.append((time.perf_counter() - begun) / step_seconds)
+    return statistics.median(shares)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cifar10_cnn", help="a name as --model.name takes it")
     parser.add_argument("--precision", default="no")
     parser.add_argument("--micro_batch_size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5, help="of a stretch")
+    parser.add_argument("--steps", type=int, default=20, help="of a stretch")
     parser.add_argument("--pairs", type=int, default=15)
     options = parser.parse_args()
     settings = [f"--model.name={options.model}", "--data.source=synthetic:32x32x3x5120", "--augment.flip=true"]
@@ -104,6 +116,7 @@ def main() -> None:
         f"{options.model}, {launch.precision_name}, processes: {launch.num_processes}, microbatches of each: "
         f"{len(sides[0].loader.numbers)}; "
         f"exact / not exact {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+        f"a digest takes {digest_in_steps(sides[0], options.pairs):.3f} steps; "
         f"up to {buffers} sums of {size:.1f} MB kept beside the newest gradients, instead of 0"
     )
     end_program()
