@@ -1,5 +1,5 @@
 # make train: set up and train on real handwritten digits.  make test: the tests, in minutes.  make check: lint and types.
-# make test-all: those that take longer, too.  make slurm-test: all of SLURM, as root.  make soak: a hundred kills and bit flips.
+# make test-all: those that take longer, too.  make slurm-test: all of SLURM, as root.  make soak: kills, bit flips, stalls.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -45,6 +45,7 @@ test-all: test
 soak: $(DEV_READY)
 	$(BIN)/python tests/soak.py --kills 100
 	$(BIN)/python tests/bit_flips.py --flips 100
+	$(BIN)/python tests/stalls.py --stalls 20
 
 # As root, with munge, slurmctld, slurmd and slurm-client: about a quarter of an hour on two cores.
 slurm-test: $(DEV_READY)

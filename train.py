@@ -99,6 +99,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
         launch.say(summarize_model(learner.model, data.image_shape))
     checkpointer = Checkpointer(run, launch, accelerator, learner.model, learner.optimizer, learner.average)
     progress = checkpointer.restore(checkpoint)
+    launch.follow(lambda: progress.step)
     leaves = sampler.microbatches_per_step
     gradients = Gradients(learner.network, loader.numbers, leaves, launch, config.runtime)
     statistics = RunningStatistics(learner.model, leaves, launch)

@@ -34,11 +34,11 @@ def differences(run: Path, reference: Path) -> list[str]:
     return found if summaries[0] == summaries[1] else [*found, f"summary.json: {summaries[0]}"]
 
 
-_TIMES = {"images_per_second", "train_seconds", "wall_seconds", "restarts", "finished"}
+TIMES = {"images_per_second", "train_seconds", "wall_seconds", "restarts", "finished", "straggler", "straggler_rank"}
 
 
 def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _TIMES}
+    return {key: value for key, value in values.items() if key not in TIMES}
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ that has imported torch already, which leaves out the seconds in which nothing c
 import argparse
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,9 @@ PHASES = ("start-up", "step", "save", "evaluation", "end")
 FINISH_SECONDS = 240.0
 LEAVE_SECONDS = 90.0
 """What is left after a kill must be gone by then: ranks that lost their launcher save first"""
+
+
+ACCUSATION = "ranks wait for|no sign of life"
 
 
 @dataclass(frozen=True)
@@ -360,6 +364,8 @@ class Soak:
             done = run_until_finished(form, self.place / f"round {number}", self.server, plan)
             wrong = differences(done.run, reference.run)
             assert not wrong, "; ".join(wrong)
+            output = (done.run.parents[1] / "output.txt").read_text(errors="replace")
+            assert not re.search(ACCUSATION, output), f"a process was accused that did not stand still: {output}"
         except AssertionError as error:
             self.failures += 1
             print(f"round {number} ({name}) DIFFERS: {error}", flush=True)
@@ -377,7 +383,7 @@ class Soak:
         starts = sum(done.starts for done in self.rounds)
         return (
             f"{len(self.hits)} kills ({where}; {what}; {among} processes) of {len(self.rounds)} runs in {starts} "
-            f"starts: all as if never killed; {self.failures} other runs"
+            f"starts: all as if never killed, no process accused; {self.failures} other runs"
         )
 
 

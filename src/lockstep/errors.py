@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 _FIRST_PROCESS_SPEAKS_SECONDS = 10
 _EXIT_SECONDS = 20
@@ -77,9 +78,16 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _print_last(line: str) -> None:
+def end_at_once(line: str, *, speaks: bool) -> NoReturn:
+    """End this process with a line, whatever its threads are in; unless it `speaks`, another process prints it."""
+    _print_last(f"error: {line}; the same command continues", speaks=speaks)
+    os._exit(1)
+
+
+def _print_last(line: str, *, speaks: bool = True) -> None:
     """Print the line, and leave it to torchrun, whose own report of the failure comes last and ends with it."""
-    print(line, file=sys.stderr, flush=True)
+    if speaks:
+        print(line, file=sys.stderr, flush=True)
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(place).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

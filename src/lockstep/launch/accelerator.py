@@ -19,9 +19,12 @@ from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.kernels import choose_kernels
 from lockstep.launch.machine import end_with_launcher, keep_freed_memory
 from lockstep.launch.threads import choose_threads, owned_cores
+from lockstep.launch.watch import Watch
 from lockstep.settings.config import RuntimeConfig
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
+_WATCHED_TIMEOUT_SECONDS = 24 * 3600
+"""Where the watch ends what stands still, a process may prepare data for as long as it takes"""
 
 Choice = TypeVar("Choice")
 
@@ -41,6 +44,8 @@ class Launch:
     """FSDP2 is asked for"""
     host_group: Any = None
     """Process group of its own for messages between hosts (gloo, also where gradients go by NCCL); None: one process"""
+    watch: Watch | None = None
+    """Names the process that the others wait for; None: one process, or datagrams do not come through"""
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +67,12 @@ class Launch:
 
     def alone(self) -> "Launch":
         """This process as if there were no others."""
-        return replace(self, num_processes=1, process_index=0, host_group=None)
+        return replace(self, num_processes=1, process_index=0, host_group=None, watch=None)
+
+    def follow(self, step_of: Callable[[], int]) -> None:
+        """Let the watch say at which step this process is."""
+        if self.watch is not None:
+            self.watch.step_of = step_of
 
     def decide(self, choose: Callable[[], Choice]) -> Choice:
         """What `choose` returns on the main process, told to all others; a UserError of its is raised on all alike."""
@@ -128,7 +138,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     choose_threads(config, cores)
     if on_cpu:
         keep_freed_memory()
-    return accelerator, Launch(
+    launch = Launch(
         accelerator.device,
         accelerator.num_processes,
         accelerator.process_index,
@@ -138,6 +148,24 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
         fsdp=shards,
         host_group=host_group,
     )
+    return accelerator, replace(launch, watch=_watch(launch, config))
+
+
+def _watch(launch: Launch, config: RuntimeConfig) -> Watch | None:
+    """Begin to watch, where there are several processes, and set how long they may wait for one another from now on."""
+    if launch.host_group is None:
+        return None
+    watch = Watch(launch.process_index, launch.gather, config.stuck_seconds)
+    if watch.is_on:
+        watch.start()
+    else:
+        launch.say("note: no datagrams (UDP) between these processes: a rank that hangs will not be named")
+    # One process may prepare data for long while the others wait.
+    seconds = _WATCHED_TIMEOUT_SECONDS if watch.is_on else _COLLECTIVE_TIMEOUT_SECONDS
+    groups: tuple[Any, Any] = distributed.group.WORLD, launch.host_group
+    for group in groups:
+        group.set_timeout(timedelta(seconds=seconds))
+    return watch if watch.is_on else None
 
 
 def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accelerator, Any]:
@@ -156,17 +184,14 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
         )
         if accelerator.num_processes == 1:
             return accelerator, None
-        groups: tuple[Any, Any] = distributed.group.WORLD, distributed.new_group(backend="gloo", timeout=wait)
+        host_group = distributed.new_group(backend="gloo", timeout=wait)
         accelerator.wait_for_everyone()  # NCCL connects in its first collective
+        return accelerator, host_group
     except RuntimeError as failure:
         line = _describe_failed_connection(failure, config)
         if line is None:
             raise
         raise UserError(line) from failure
-    # Later, one process may prepare data for long while the others wait.
-    for group in groups:
-        group.set_timeout(timedelta(seconds=_COLLECTIVE_TIMEOUT_SECONDS))
-    return accelerator, groups[1]
 
 
 def _describe_failed_connection(failure: RuntimeError, config: RuntimeConfig) -> str | None:

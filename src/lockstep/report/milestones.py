@@ -58,7 +58,8 @@ def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
     t.meter.read(t.progress)
     steps_per_second = t.stopwatch.lap()
     text = as_text(require_same_weights(t, int(weights)))
-    t.tracker.log(train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, steps_per_second))
+    record = train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, steps_per_second)
+    t.tracker.log(record | t.gradients.pace.read(t.launch))
     t.meter.start_window()
     if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:
         t.checkpointer.wait()
@@ -103,6 +104,7 @@ def validate(t: Training) -> None:
     if is_best or t.calendar.after(progress.step).save or t.calendar.is_over(progress):
         save(t, is_best=is_best)
     t.stopwatch.skip()
+    t.gradients.pace.restart()
 
 
 def save(t: Training, *, is_best: bool) -> None:

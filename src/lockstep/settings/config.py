@@ -373,6 +373,8 @@ class RuntimeConfig(_Section):
     """DDP: take the graph of the first step for granted; not with accumulation"""
     rendezvous_seconds: int = 300
     """How long processes wait for one another at the start before they give up"""
+    stuck_seconds: int = 600
+    """All processes end when they have waited this long for one that stands still, which is named after 10 s"""
     profile: bool = False
     """Write a torch profiler trace of steps 10 to 15 to the run folder"""
 
@@ -380,6 +382,7 @@ class RuntimeConfig(_Section):
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
         seconds = self.rendezvous_seconds
         _require(seconds >= 1, f"--runtime.rendezvous_seconds={seconds} must be at least 1")
+        _require(self.stuck_seconds >= 10, f"--runtime.stuck_seconds={self.stuck_seconds} must be at least 10")
         _require(
             self.dtype == "float32" or self.precision in ("launch", "no"),
             f"--runtime.dtype=float64 cannot be combined with --runtime.precision={self.precision}",
@@ -477,7 +480,16 @@ _SHAPELESS = {
     "data": {"root", "cache_dir", "workers"},
     "model": {"summary"},
     "train": {"max_bad_steps"},
-    "runtime": {"compile", "threads", "profile", "fsdp", "bucket_view", "static_graph", "rendezvous_seconds"},
+    "runtime": {
+        "compile",
+        "threads",
+        "profile",
+        "fsdp",
+        "bucket_view",
+        "static_graph",
+        "rendezvous_seconds",
+        "stuck_seconds",
+    },
     "checkpoint": {"every_steps", "every_epochs", "keep_last", "keep_every_steps"},
     "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
 }

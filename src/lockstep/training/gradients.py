@@ -19,6 +19,7 @@ from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import sums_in_order
 from lockstep.launch.sharding import ShardedNetwork, is_sharded
 from lockstep.settings.config import RuntimeConfig
+from lockstep.training.pace import Pace
 from lockstep.training.tree import Subtrees, Transfer, TreeExchange, add_to_right
 
 Gradient = Tensor | None
@@ -56,11 +57,12 @@ class Gradients:
         self._parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
         self._sums: Subtrees[list[Gradient]] = Subtrees(leaves, _add_gradients)
         self._exchange = TreeExchange(leaves, launch)
+        self.pace = Pace(launch.device)
         if self._by_ddp and self._in_order:
-            buckets = _Buckets(self._sums, self._parameters, numbers[-1], self._exchange)
+            buckets = _Buckets(self._sums, self._parameters, numbers[-1], self._exchange, self.pace)
             self._network.register_comm_hook(None, buckets.exchange)
         elif self._by_ddp:
-            self._network.register_comm_hook(None, _sum_as_bf16 if config.compress_gradients else _sum)
+            self._network.register_comm_hook(self.pace, _sum_as_bf16 if config.compress_gradients else _sum)
         elif self._by_fsdp and self._in_order:
             if leaves % launch.num_processes:
                 raise UserError(
@@ -77,6 +79,8 @@ class Gradients:
         waits = not is_last and (self._by_ddp or (self._by_fsdp and not self._in_order))
         with self._network.no_sync() if waits else nullcontext():
             yield
+        if self._by_ddp and is_last:
+            self.pace.exchanged()
         if self._by_ddp and (is_last or not self._in_order):
             return  # the communication hook has put the sums into the parameters, or autograd adds up
         if self._leaves > 1 and self._parameters and (self._in_order or self._by_fsdp):
@@ -112,10 +116,15 @@ class _Buckets:
     """The communication hook of DDP: each bucket is exchanged while the backward pass computes the next one."""
 
     def __init__(
-        self, sums: Subtrees[list[Gradient]], parameters: Sequence[Tensor], last: int, exchange: TreeExchange
+        self,
+        sums: Subtrees[list[Gradient]],
+        parameters: Sequence[Tensor],
+        last: int,
+        exchange: TreeExchange,
+        pace: Pace,
     ) -> None:
         """`sums` are those of the microbatches before the `last` one of this process."""
-        self._sums, self._last, self._exchange = sums, last, exchange
+        self._sums, self._last, self._exchange, self._pace = sums, last, exchange, pace
         self._places = {parameter: place for place, parameter in enumerate(parameters)}
         self._stream = torch.cuda.Stream() if parameters[0].is_cuda else None
         self._flying: list[_Bucket] = []
@@ -128,7 +137,9 @@ class _Buckets:
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
         self._flying.append(_Bucket(buffer, future, self._exchange.start(self._pieces(bucket))))
-        with self._beside():
+        if bucket.is_last():
+            self._pace.ready()
+        with self._beside(), nullcontext() if bucket.is_last() else self._pace.blocked():
             for flying in self._flying[-2:] if bucket.is_last() else self._flying[-2:-1]:
                 flying.gathering = flying.gathering or self._exchange.add_up(flying.transfer)
             if bucket.is_last():
@@ -214,14 +225,18 @@ class _ReduceScatter:
         output_tensor.copy_(total)
 
 
-def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(pace: Pace, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A communication hook: the sum in the order that the process group chooses."""
+    if bucket.is_last():
+        pace.ready()
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def _sum_as_bf16(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_as_bf16(pace: Pace, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A communication hook: the same from numbers of half as many bytes."""
+    if bucket.is_last():
+        pace.ready()
     buffer = bucket.buffer()
     work = dist.all_reduce(buffer.to(torch.bfloat16), async_op=True)
     return work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
