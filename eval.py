@@ -28,6 +28,7 @@ from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
 from lockstep.report.predictions import class_table, write_predictions
 from lockstep.report.summary import draw_confusion
+from lockstep.run.folder import difference_of_data
 from lockstep.settings.cli import Evaluation
 
 
@@ -35,6 +36,9 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     config = request.config
     accelerator, launch = build_accelerator(config.runtime)
     data = build_data(config, request.folder, write=False)
+    launch.require_alike("data", data.identity)
+    if note := difference_of_data(request.folder, config, data.identity):
+        launch.say(note)
     images = {"train": data.train, "val": data.val, "test": data.test}[request.split]
     if images is None:
         raise UserError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")

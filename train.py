@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -36,7 +37,7 @@ from lockstep.report.summary import Diverged, changed_numerics, open_tracker
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
-from lockstep.settings.config import Config
+from lockstep.settings.config import Config, settings_of_all
 from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
 from lockstep.training.gradients import Gradients
@@ -56,6 +57,7 @@ def train(config: Config) -> int:
     """
     check_names(config)
     accelerator, launch = build_accelerator(config.runtime)
+    launch.require_alike("settings", settings_of_all(config))
     run = open_run(config, launch)
     if run.is_finished:
         launch.say(run.describe_result())
@@ -86,8 +88,9 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     config = run.config
     micro_batch_size = resolve_micro_batch_size(config, launch.num_processes, run.micro_batch_size)
     keep_threads(config.runtime, run.threads, launch.cores, on_cpu=launch.device.type == "cpu")
-    data = build_data(config, run.path, write=launch.is_main)
-    run.require_same_data(data.identity)
+    with preemption.at_once():
+        accept = partial(run.require_same_data, launch=launch)
+        data = build_data(config, run.path, write=launch.is_main, accept=accept)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
         micro_batch_size = find_micro_batch_size(config, data, accelerator, launch)
     sampler = build_sampler(config, data.train.drawn_labels, micro_batch_size)

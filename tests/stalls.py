@@ -179,7 +179,9 @@ def unequal_branch(trial: Trial) -> float:
     trial.wait_for_step(call - 1)
     seconds, line = trial.seconds_until(r"all ranks wait for one another", 2 * NAMED_WITHIN_SECONDS)
     assert re.search(rf"rank {victim} \(\S+ \[\d+ s in loop of step {call - 1}, at \S+:\d+ all_gather", line), line
-    assert re.search(r"rank \d \(\S+ and rank \d \(\S+ \[\d+ s in gradient exchange of step", line), line
+    assert re.search(
+        r"rank \d \(\S+ and rank \d \(\S+ \[\d+ s in (gradient exchange|question whether to stop) of step", line
+    ), line
     trial.seconds_until(f"error: all ranks wait.*stuck_seconds={STUCK_SECONDS}", ENDED_WITHIN_SECONDS)
     trial.ends(list(range(PROCESSES)))
     return seconds

@@ -1,20 +1,25 @@
-"""What is hostile or unlucky in a run folder: a line a case. Each goes on, or ends with one line; none hangs.
+"""What is hostile or unlucky in a run folder, a setting, the surroundings: a line a case.
 
-To add one: a function of the run folder that does the damage, and what the line says, or GOES_ON.
+Each goes on, or ends with one line; none hangs. To add one to CASES: a function of the run folder that does the damage,
+and what the line says, or GOES_ON; to SETTINGS: arguments, or the text of a recipe; to SURROUNDINGS: variables.
 """
 
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import QUICK
+from fork_server import ForkServer, rank_variables
+from PIL import Image
+from programs import QUICK, environment
 from safetensors.torch import save_file
 
 from lockstep.errors import UserError
@@ -227,3 +232,143 @@ def test_it_goes_on_or_ends_with_one_line(
     finally:
         signal.alarm(0)
     assert not Path("/tmp/intruder_was_here").exists()
+
+
+LONG = "x" * 300
+RECIPES: dict[str, tuple[str, str]] = {
+    "a bomb": ("run: {tags: &a [[x, x], [x, x]]}", "run.tags=.*expected a list of words"),
+    "a bomb of nine floors": (
+        "a: &a [x, x]\nb: &b [*a, *a, *a]\nrun: {tags: [" + "*b, " * 1000 + "*b]}",
+        "unknown section a",
+    ),
+    "itself": ("run: {tags: &a [*a]}", "run.tags=.*expected a list of words"),
+    "a zero byte": ('data: {source: "folder:a\\0b"}', "data.source=.*expected text"),
+    "a number of 20,000 digits": ("train: {epochs: " + "9" * 20_000 + "}", "is not YAML|a number of"),
+    "a hexadecimal number": ("train: {epochs: 0x10}", "train.epochs=0x10: expected a whole number"),
+    "an octal number": ("train: {epochs: 010}", "train.epochs=010: expected a whole number"),
+    "base 60": ("run: {seed: 1:30}", "run.seed=1:30: expected a whole number"),
+    "a seed of 300 digits": ("run: {seed: " + "9" * 300 + "}", "run.seed=.a number of 997 bits"),
+    "nothing": ("", "must hold sections"),
+    "a merge": ("optim: {<<: {lr: 1}, lr: 2}", "is not YAML"),
+}
+SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "a long name": ((f"--run.name={LONG}",), "has 300 bytes"),
+    "a name of two lines": (("--run.name=a\nb",), "one folder name"),
+    "a name that is no text": (("--run.name=a\udce9",), "expected text or null"),
+    "a long root": ((f"--run.root={LONG}",), "File name too long"),
+    "a root that is a file": (("--run.root=/etc/passwd",), "Not a directory"),
+    "a long recipe": (("--config", "x" * 5000), "does not exist"),
+    "a recipe that is a folder": (("--config", "/tmp"), "is not a file"),
+    "a recipe that is a device": (("--config", "/dev/zero"), "is not a file"),
+    "a large L1": (("--optim.l1=1e300",), r"optim.l1=1e\+300: expected a number"),
+    "a seed beyond 64 bits": ((f"--run.seed={2**64}",), "expected a whole number"),
+    "classes beyond 64 bits": ((f"--data.num_classes={10**20}",), "expected a whole number"),
+    "no checkpoint": (("--model.checkpoint=",), "names no file"),
+    "no such user": (("--data.source=folder:~nobody_at_all/x",), "there is no folder"),
+    "a useless rate": (("--optim.lr=1e38", "--train.max_steps=4"), "diverged|not finite"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_ends_with_one_line(case: str, tmp_path: Path, train_here: Any) -> None:
+    text, message = RECIPES[case]
+    (tmp_path / "recipe.yaml").write_text(text)
+    _ends_with(message, lambda: train_here("--config", str(tmp_path / "recipe.yaml")))
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_setting_ends_with_one_line(case: str, train_here: Any) -> None:
+    arguments, message = SETTINGS[case]
+    _ends_with(message, lambda: train_here(*QUICK, "--model.name=tiny_cnn", *arguments))
+
+
+def _ends_with(message: str, start: Callable[[], Any]) -> None:
+    signal.alarm(LONGEST_SECONDS)
+    try:
+        with pytest.raises((UserError, OSError), match=message) as refusal:
+            start()
+    finally:
+        signal.alarm(0)
+    assert str(refusal.value).count("\n") == 0 and len(str(refusal.value)) < 800
+
+
+TOGETHER = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+SURROUNDINGS: dict[str, tuple[dict[str, str], str | None]] = {
+    "a size that is no number": ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment"),
+    "an empty size": ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment"),
+    "a size alone": ({"WORLD_SIZE": "2"}, "but no RANK"),
+    "a rank alone": ({"RANK": "1"}, "but no WORLD_SIZE"),
+    "a local rank alone": ({"LOCAL_RANK": "0"}, "but no RANK"),
+    "a size of one": ({"WORLD_SIZE": "1", "RANK": "0"}, GOES_ON),
+    "no address": (TOGETHER | {"MASTER_ADDR": ""}, "but no MASTER_ADDR"),
+    "a port that is no number": (TOGETHER | {"MASTER_PORT": "abc"}, "MASTER_PORT='abc'"),
+    "a port below zero": (TOGETHER | {"MASTER_PORT": "-5"}, "MASTER_PORT='-5'"),
+    "a port beyond all": (TOGETHER | {"MASTER_PORT": "99999"}, "do not go together"),
+    "a rank beyond all": (TOGETHER | {"RANK": "2"}, "do not go together"),
+    "no local processes": ({"LOCAL_WORLD_SIZE": "0"}, GOES_ON),
+    "local processes of words": ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE='many'"),
+    "cores of words": ({"SLURM_CPUS_PER_TASK": "many"}, GOES_ON),
+    "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "would divide every gradient"),
+    "a compiler": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--runtime.compile=true"),
+    "a CPU that is maybe": ({"ACCELERATE_USE_CPU": "maybe"}, "Accelerate cannot use"),
+    "a terminal of ASCII": ({"PYTHONIOENCODING": "ascii"}, GOES_ON),
+}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("case", SURROUNDINGS)
+def test_surroundings_are_harmless_or_one_line(case: str, server: ForkServer, tmp_path: Path, cache_dir: Path) -> None:
+    variables, message = SURROUNDINGS[case]
+    arguments = [
+        *QUICK,
+        "--model.name=tiny_cnn",
+        "--train.max_steps=1",
+        "--run.name=数字",
+        f"--data.cache_dir={cache_dir}",
+    ]
+    pid = server.start(tmp_path, arguments, environment(**variables))
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while (code := server.poll(pid)) is None:
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.02)
+    printed = (tmp_path / "output.txt").read_text(errors="replace")
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert (code, len(errors)) == ((0, 0) if message is GOES_ON else (1, 1)), printed
+    assert "Traceback" not in printed and (message is GOES_ON or message in errors[0]), printed
+
+
+def write_photos(folder: Path, shade: int) -> None:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (8, 8), (shade, 10 * number, 200 * (name == "cat"))).save(folder / name / f"{number}.bmp")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("shades", "rates", "message"),
+    [
+        ((9, 99), (0.1, 0.1), r"error: rank 1 \(.*\) has other data than rank 0: content "),
+        ((9, 9), (0.1, 0.2), r"error: rank 1 \(.*\) has other settings than rank 0: optim.lr 0.1 -> 0.2"),
+    ],
+)
+def test_processes_that_are_not_of_one_training_are_refused(
+    shades: tuple[int, int], rates: tuple[float, float], message: str, server: ForkServer, tmp_path: Path
+) -> None:
+    """Two machines, one with an old copy of the data or another command."""
+    started = []
+    for rank, variables in enumerate(rank_variables(2)):
+        machine = tmp_path / str(rank)
+        write_photos(machine / "photos", shades[rank])
+        arguments = [*QUICK, "--data.source=folder:photos", "--model.name=tiny_cnn", "--train.batch_size=8"]
+        arguments += ["--train.micro_batch_size=4", f"--run.root={tmp_path}", "--run.name=x", "--data.cache_dir=cache"]
+        started.append(server.start(machine, [*arguments, f"--optim.lr={rates[rank]}"], environment(**variables)))
+    deadline = time.monotonic() + LONGEST_SECONDS
+    for pid in started:
+        while (code := server.poll(pid)) is None:
+            assert time.monotonic() < deadline, "it hangs"
+            time.sleep(0.02)
+        assert code == 1
+    printed = (tmp_path / "0" / "output.txt").read_text()
+    assert re.search(message, printed) and "Traceback" not in printed, printed
+    assert not (tmp_path / "x").exists(), "nothing of it is left"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,8 +55,14 @@ def one_line_errors() -> Iterator[None]:
     machine give that one time to speak, and the launcher then ends them.
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for stream in (sys.stdout, sys.stderr):  # a name of the user's, where a terminal has another encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+    except KeyboardInterrupt:
+        _print_last("interrupted", speaks=is_first)
+        raise SystemExit(130) from None
     except UsageError as mistake:
         if is_first:
             _print_last(f"error: {mistake}")
@@ -66,7 +73,7 @@ def one_line_errors() -> Iterator[None]:
             time.sleep(_FIRST_PROCESS_SPEAKS_SECONDS)
         _print_last(f"error: {mistake}")
         raise SystemExit(1) from None
-    except (OSError, RuntimeError) as failure:
+    except (OSError, RuntimeError, MemoryError) as failure:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from there, again, for each worker that ends
         line = _describe_outside_failure(failure)
         if line is None:
@@ -84,6 +91,15 @@ def end_at_once(line: str, *, speaks: bool) -> NoReturn:
     os._exit(1)
 
 
+def print_line(text: str) -> None:
+    """Print, also where nobody reads any longer: a closed pipe is no reason to end a training."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_last(line: str, *, speaks: bool = True) -> None:
     """Print the line, and leave it to torchrun, whose own report of the failure comes last and ends with it."""
     if speaks:
@@ -93,15 +109,19 @@ def _print_last(line: str, *, speaks: bool = True) -> None:
             Path(place).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_ODD_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+_MOST_SHOWN = 300
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def _describe_outside_failure(failure: OSError | RuntimeError) -> str | None:
+def _describe_outside_failure(failure: OSError | RuntimeError | MemoryError) -> str | None:
     """One line for what the program cannot help; None for an error of its own."""
+    if isinstance(failure, MemoryError):
+        return f"error: not enough memory ({first_line(failure)})"
     if isinstance(failure, OSError):
-        place = f" ({failure.filename})" if failure.filename else ""
-        return f"error: {failure.strerror}{place}" if failure.errno in _DISK_TROUBLE else None
+        place = f" ({os.fsdecode(failure.filename)[:_MOST_SHOWN]})" if isinstance(failure.filename, str | bytes) else ""
+        return f"error: {failure.strerror}{place}" if failure.errno in _DISK_TROUBLE + _ODD_PATHS else None
     text = str(failure)
     if text.startswith("DataLoader worker"):  # torch raises it wherever the program is when a worker dies
         cause = text.split(". ")[0]

@@ -16,6 +16,11 @@ from lockstep.errors import UserError
 MANIFEST = "manifest.json"
 
 
+def path_of(text: str | Path) -> Path:
+    """A path of the settings: `~` is the user's home, also where no shell has said so."""
+    return Path(os.path.expanduser(text))
+
+
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when it is complete and on the disk, or never: readers see the old one or the new one.

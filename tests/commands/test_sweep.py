@@ -94,7 +94,7 @@ def test_what_cannot_be_enumerated_is_one_line_that_names_the_file(text: str, me
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.yaml cannot be read"):
+    with pytest.raises(UsageError, match=r"none\.yaml does not exist"):
         main(["list", str(tmp_path / "none.yaml")])
 
 

@@ -11,6 +11,7 @@ from programs import QUICK, finish, launch_command, start
 
 from lockstep.commands.verify import plan_of
 from lockstep.errors import UserError
+from lockstep.files import write_json
 from lockstep.run.history import read_history, read_starts
 
 SETTINGS = (*QUICK, "--runtime.threads=1", "--log.every_steps=1", "--checkpoint.every_steps=2", "--run.name=mine")
@@ -80,6 +81,19 @@ def test_what_cannot_be_recomputed_is_one_line(run: Path, tmp_path: Path) -> Non
         plan_of(run, 77)
     done = finish(start([sys.executable, "-m", "lockstep", "verify", str(tmp_path)], tmp_path), 60)
     assert done.returncode == 1 and done.stderr.startswith("error: there is no run in")
+
+
+@pytest.mark.launch
+def test_a_folder_that_is_not_its_own_is_left_alone(run: Path, server: ForkServer) -> None:
+    plan = plan_of(run, 3)
+    plan.folder.mkdir()
+    (plan.folder / "precious").touch()
+    assert f"{plan.folder} exists: verify would" in verify(server, run, "--step=3", code=1)
+    assert (plan.folder / "precious").exists()
+    shutil.rmtree(plan.folder)
+    (plan.folder).mkdir()
+    write_json(plan.folder / "summary.json", {"verifies": str(run)})  # of one that was killed
+    assert "equal to the last bit" in verify(server, run, "--step=3")
 
 
 def test_the_nearest_checkpoint_before_is_where_it_begins(run: Path) -> None:

@@ -19,6 +19,7 @@ from fork_server import ForkServer
 from programs import QUICK, ROOT, finish, free_port, launch_command, ranks_of, read_lines, start, wait_for_step
 from runs import differences
 
+from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import REQUEUE_CODE, Preemption
 from lockstep.models.weights import load_weights
@@ -44,13 +45,13 @@ LONG = (
 
 @pytest.fixture
 def own_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_signals_ask(number: signal.Signals, tmp_path: Path, own_signals: None) -> None:
     preemption = Preemption(RunConfig(), tmp_path, ALONE)
     assert not preemption.agreed()
@@ -58,6 +59,37 @@ def test_signals_ask(number: signal.Signals, tmp_path: Path, own_signals: None) 
     assert preemption.agreed() and number.name in str(preemption.reason)
     assert preemption.leave(7) == REQUEUE_CODE == 85
     assert json.loads((tmp_path / "preempted").read_text())["step"] == 7
+
+
+def test_ctrl_c_pressed_again_ends_at_once_and_one_that_a_launcher_passes_on_does_not(
+    tmp_path: Path, own_signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preemption = Preemption(RunConfig(), tmp_path, ALONE)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.agreed()
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now + 4)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_while_images_are_decoded_ends_at_once(tmp_path: Path, own_signals: None) -> None:
+    preemption = Preemption(RunConfig(), tmp_path, ALONE)
+    with pytest.raises(SystemExit) as end, preemption.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == REQUEUE_CODE
+    assert json.loads((tmp_path / "preempted").read_text()) == {"step": 0, "reason": "signal SIGTERM"}
+    other = Preemption(RunConfig(), tmp_path, replace(ALONE, process_index=1))
+    with other.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert other.wanted(), "a process that waits for the one that decodes goes on waiting, and asks later"
+
+
+def test_a_stop_file_that_is_none_is_one_line(tmp_path: Path, own_signals: None) -> None:
+    (tmp_path / "stop").mkdir()
+    with pytest.raises(UserError, match="stop is a folder: remove it"):
+        Preemption(RunConfig(), tmp_path, ALONE)
 
 
 def test_stop_file_asks_once(tmp_path: Path, own_signals: None) -> None:

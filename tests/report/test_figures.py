@@ -167,3 +167,11 @@ def test_distances_have_a_colour_for_each_program_and_zero_at_the_foot(tmp_path:
     assert colours[0] == colours[1] != colours[2] and right.lines[0].get_color() == colours[0]
     assert left.lines[0].get_ydata().tolist() == [1e-9] * 2 and left.get_yticklabels()[0].get_text() == "0"
     assert left.lines[2].get_ydata().tolist() == [1e-4, 0.5]
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "$5 bill", "caf\udce9", "100 %"])
+def test_any_class_name_can_be_drawn(name: str, tmp_path: Path) -> None:
+    """`$` would begin a formula, and bytes that are no UTF-8 have no glyph."""
+    plot_confusion_matrix(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
+    plot_samples(digits()[:2], [name, "other"], tmp_path / "samples.png")
+    plot_transforms({name: digits()[:2]}, tmp_path / "transforms.png")

@@ -10,7 +10,7 @@ import torch
 
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
-from lockstep.run.folder import Run, open_run
+from lockstep.run.folder import Run, difference_of_data, open_run
 from lockstep.settings.config import Config, LogConfig, OptimConfig, RunConfig, TrainConfig
 from lockstep.settings.yaml import load_config
 
@@ -148,8 +148,25 @@ def test_write_summary_merges(begun: Run) -> None:
 def test_a_run_goes_on_with_the_data_it_was_begun_with(tmp_path: Path) -> None:
     identity = {"content": "abc", "classes": 2, "train": 135, "test": 20}
     config = config_in(tmp_path)
-    opened(config).require_same_data(identity)  # a new run takes any
+    opened(config).require_same_data(identity, LAUNCH)  # a new run takes any
     opened(config).create(micro_batch_size=32, threads=1, data=identity)
-    opened(config).require_same_data(dict(identity))
+    opened(config).require_same_data(dict(identity), LAUNCH)
     with pytest.raises(UserError, match=r"begun with other data \(content abc -> abd, train 135 -> 115\): bring"):
-        opened(config).require_same_data({**identity, "content": "abd", "train": 115})
+        opened(config).require_same_data({**identity, "content": "abd", "train": 115}, LAUNCH)
+
+
+def test_an_evaluation_looks_at_the_data_of_the_training(tmp_path: Path) -> None:
+    identity: dict[str, int | str] = {"content": "abc", "class_names": "cat dog", "classes": 2}
+    config = config_in(tmp_path)
+    run = opened(config)
+    run.create(micro_batch_size=32, threads=1, data=identity)
+    assert difference_of_data(run.path, config, identity) is None
+    renamed = {**identity, "class_names": "dog zebra"}
+    with pytest.raises(
+        UserError, match="embedded:digits has changed since .* was trained .class_names cat dog -> dog z"
+    ):
+        difference_of_data(run.path, config, renamed)
+    other = replace(config, data=replace(config.data, source="folder:elsewhere"))
+    assert "other class names" in str(difference_of_data(run.path, other, renamed))
+    assert difference_of_data(run.path, other, {**identity, "content": "abd"}) is None
+    assert difference_of_data(tmp_path / "no run", config, renamed) is None

@@ -166,7 +166,7 @@ def test_yaml_and_flags_take_numbers_as_people_write_them(recipe: Callable[..., 
         (["--train.epochs"], ["--train.epochs", "argument"]),
         (["--config"], ["--config", "argument"]),
         (["--config", "configs/digits_cn.yaml"], ["configs/digits_cn.yaml", "configs/digits_cnn.yaml"]),
-        (["--config=configs"], ["configs", "does not exist"]),
+        (["--config=configs"], ["configs is not a file"]),
     ],
     ids=lambda value: " ".join(value) if "-" in value[0] else "",
 )

@@ -97,6 +97,7 @@ def configured(**settings: Any) -> Config:
         ({"train__batch_size": 32, "train__micro_batch_size": 48}, ["=32", "=48", "nearest that is: 48"]),
         ({"runtime__threads": 0}, ["--runtime.threads=0"]),
         ({"runtime__rendezvous_seconds": 0}, ["--runtime.rendezvous_seconds=0"]),
+        ({"runtime__stuck_seconds": 9}, ["--runtime.stuck_seconds=9"]),
         (
             {"runtime__dtype": "float64", "runtime__precision": "bf16"},
             ["--runtime.dtype=float64", "--runtime.precision=bf16"],
@@ -186,6 +187,7 @@ SHAPELESS = {
     "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
     "runtime.compile", "runtime.threads", "runtime.profile", "runtime.fsdp",
     "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
+    "runtime.stuck_seconds",
     "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
 }  # fmt: skip

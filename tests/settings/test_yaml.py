@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lockstep.errors import UserError
 from lockstep.settings.cli import parse_config
 from lockstep.settings.config import Config, settings_digest
+from lockstep.settings.types import is_name
 from lockstep.settings.yaml import config_to_yaml, load_config
 
 fractions = st.floats(0, 0.5)
@@ -36,14 +37,14 @@ names = words.filter(is_something)
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     config = Config()
-    name = draw(names.filter(lambda text: "/" not in text and text not in (".", "..")))
+    name = draw(names.filter(lambda text: is_name(text) and "/" not in text and text not in (".", "..")))
     run = replace(
         config.run,
         name=name,
         notes=draw(words),
         tags=tuple(draw(st.lists(words, max_size=3))),
         group=draw(st.none() | names),
-        seed=draw(st.integers(0, 2**70)),
+        seed=draw(st.integers(0, 2**63 - 1)),
         max_hours=draw(st.none() | st.floats(1e-9, 1e9)),
     )
     channels = draw(st.none() | st.lists(st.floats(1e-5, 1), min_size=1, max_size=4).map(tuple))

@@ -59,7 +59,9 @@ def _largest(tensor: Tensor) -> float:
 
 def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str:
     """Up to which step two histories are equal in every figure but speeds, and the first line that is not."""
-    ours, theirs = ({(line["split"], line["step"]): line for line in lines if "step" in line} for lines in (a, b))
+    ours, theirs = (
+        {(line["split"], line["step"]): line for line in lines if {"split", "step"} <= line.keys()} for lines in (a, b)
+    )
     shared = [place for place in ours if place in theirs]
     if not any("digest" in ours[place] and "digest" in theirs[place] for place in shared):
         return "no training line with a digest is in both: nothing can be said of their bits"
@@ -85,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--per_tensor", action="store_true", help="one line per tensor")
     options = parser.parse_args(arguments)
     one, other = options.runs
+    for run in options.runs:
+        if not run.is_dir():
+            raise UserError(f"there is no run in {run}")
     if (one / "config.yaml").is_file() and (other / "config.yaml").is_file():
         for change in changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml")):
             print(f"note: other settings: {change}")

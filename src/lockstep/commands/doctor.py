@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from lockstep.data.images import Data, build_data
 from lockstep.data.loader import TrainLoader
 from lockstep.data.sampler import build_sampler, propose_micro_batch_size, resolve_micro_batch_size
 from lockstep.errors import UserError, first_line
+from lockstep.files import path_of
 from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.machine import has_fast_bf16
 from lockstep.models.network import build_network
@@ -221,7 +221,7 @@ def check_data(parts: Parts) -> Finding:
     """The data set opens here and some of its images can be decoded."""
     # Read image by image: decoding a whole set into the cache would take long, and is not what is in doubt.
     quick = replace(parts.config, data=replace(parts.config.data, memory_budget=0))
-    run_dir = parts.run.path if parts.run else Path(parts.config.run.root) / "doctor-without-a-run"
+    run_dir = parts.run.path if parts.run else path_of(parts.config.run.root) / "doctor-without-a-run"
     data = build_data(quick, run_dir, write=False)
     sets = {"train": data.train, "val": data.val, "test": data.test}
     signature: dict[str, int | str] = {"classes": len(data.classes), "class names": _checksum(repr(data.classes))}
@@ -316,7 +316,7 @@ def check_disk(parts: Parts) -> Finding | None:
     if not parts.is_main:
         return None
     config = parts.config
-    checkpoints = Path(config.run.root) / str(config.run.name) / "checkpoints"
+    checkpoints = path_of(config.run.root) / str(config.run.name) / "checkpoints"
     place = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:

@@ -7,11 +7,11 @@ be ones that compute nodes see. Nothing is trained, no run folder is made, and w
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from lockstep.data.images import Data, build_data
+from lockstep.files import path_of
 from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
 from lockstep.settings.cli import parse_config
@@ -20,7 +20,7 @@ from lockstep.settings.config import Config
 
 def prepare(config: Config) -> list[str]:
     """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach."""
-    data = build_data(config, Path(config.run.root) / str(config.run.name), write=False)
+    data = build_data(config, path_of(config.run.root) / str(config.run.name), write=False)
     lines = [_describe(data, config), *_places(data, config)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")
@@ -43,14 +43,14 @@ def _places(data: Data, config: Config) -> list[str]:
     kind, _, name = config.data.source.partition(":")
     lines = []
     if kind == "torchvision":
-        lines.append(f"files: {Path(config.data.root).expanduser().resolve()} (--data.root)")
-    elif kind == "hf" and not Path(name).expanduser().is_dir():
+        lines.append(f"files: {path_of(config.data.root).resolve()} (--data.root)")
+    elif kind == "hf" and not path_of(name).is_dir():
         from datasets.config import HF_DATASETS_CACHE
 
         lines.append(f"files: {HF_DATASETS_CACHE} (HF_HOME moves it)")
     elif kind in ("hf", "folder"):
-        lines.append(f"files: {Path(name).expanduser().resolve()}")
-    decoded = f"decoded images: {Path(config.data.cache_dir).expanduser().resolve()} (--data.cache_dir)"
+        lines.append(f"files: {path_of(name).resolve()}")
+    decoded = f"decoded images: {path_of(config.data.cache_dir).resolve()} (--data.cache_dir)"
     streams = "decoded images: none, this set streams (--data.memory_budget)"
     return [*lines, streams if data.train.images is None else decoded]
 

@@ -12,6 +12,7 @@ names it, in the W&B group of its job array (or of the file).
 
 import argparse
 import itertools
+import json
 import math
 import os
 import random
@@ -22,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lockstep.errors import UsageError, UserError, did_you_mean
 from lockstep.settings.cli import RECIPES
 from lockstep.settings.config import Config, shaping_settings
+from lockstep.settings.yaml import read_yaml
 
 _MAX_TASKS = 10_000
 _DRAWS_PER_TASK = 100  # before we conclude that there are not as many different tasks
@@ -73,7 +73,7 @@ def read_sweep(path: Path) -> Sweep:
     for name, parameter in parameters.items():
         if name not in known:
             # A setting that does not shape the result would give two tasks one run folder.
-            raise UserError(f"{path}: {name} is no setting that a sweep can vary.{did_you_mean(name, known)}")
+            raise UserError(f"{path}: {name} is no setting that a sweep can vary.{did_you_mean(str(name), known)}")
         if not isinstance(parameter, dict):
             raise UserError(f"{path}: {name} needs `value`, `values`, or `min` and `max`")
     method = content.get("method")
@@ -87,19 +87,17 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as problem:
-        raise UserError(f"sweep file {path} cannot be read: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as mistake:
-        raise UserError(f"{path} is not YAML: {' '.join(str(mistake).split())}") from mistake
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold method and parameters, as W&B's sweep files do")
     return content
 
 
 def _shared_arguments(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
-    command = [str(word) for word in content.get("command", ["${program}", "${args}"])]
+    command = content.get("command", ["${program}", "${args}"])
+    if not isinstance(command, list):
+        raise UserError(f"{path}: command must be a list that names ${{program}} and ends with ${{args}}")
+    command = list(map(str, command))
     if "${program}" not in command or command[-1] != "${args}":
         raise UserError(f"{path}: command must name ${{program}} and end with ${{args}}")
     return tuple(command[command.index("${program}") + 1 : -1])
@@ -111,7 +109,7 @@ def _grid(path: Path, parameters: dict[str, dict[str, Any]]) -> list[Task]:
         values = [parameter["value"]] if "value" in parameter else parameter.get("values")
         if not isinstance(values, list) or not values:
             raise UserError(f"{path}: {name} needs `values` (a list) in a grid")
-        if any(value in values[:position] for position, value in enumerate(values)):
+        if len(set(map(_identity, values))) < len(values):
             raise UserError(f"{path}: {name} has a value twice: two tasks would be one run")
         choices.append(values)
     count = math.prod(map(len, choices))
@@ -124,14 +122,18 @@ def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: s
     if not isinstance(count, int) or not 1 <= count <= _MAX_TASKS:
         raise UserError(f"{path}: method random needs `run_cap`, the number of tasks, from 1 to {_MAX_TASKS}")
     generator = random.Random(seed)
-    tasks: list[Task] = []
+    tasks: dict[str, Task] = {}
     for _ in range(_DRAWS_PER_TASK * count):
         task = {name: _draw_value(path, name, parameter, generator) for name, parameter in parameters.items()}
-        if task not in tasks:
-            tasks.append(task)
+        tasks.setdefault(_identity(task), task)
         if len(tasks) == count:
-            return tasks
+            return list(tasks.values())
     raise UserError(f"{path}: no {count} different tasks can be drawn, only {len(tasks)}: lower run_cap")
+
+
+def _identity(value: Any) -> str:
+    """The same text for values that are equal, of any kind."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 _DISTRIBUTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Any]] = {

@@ -21,6 +21,7 @@ from lockstep.commands.compare import compare_histories
 from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.launch.numerics import describe_changes
+from lockstep.lease import Lease
 from lockstep.run.checkpoint import folder_of, saved_steps
 from lockstep.run.folder import KEPT, read_summary
 from lockstep.run.history import ENVIRONMENT, HISTORY, read_history, read_starts
@@ -93,7 +94,9 @@ def _numerics_of_stretch(run: Path, first: int, last: int) -> list[str]:
 
 
 def prepare(plan: Plan) -> None:
-    """Make the folder as the run was at its checkpoint."""
+    """Make the folder as the run was at its checkpoint; raises UserError if there is one that is not verify's."""
+    if plan.folder.exists() and read_summary(plan.folder).get("verifies") != str(plan.run):
+        raise UserError(f"{plan.folder} exists: verify would make and remove it; rename it")
     shutil.rmtree(plan.folder, ignore_errors=True)
     checkpoints = plan.folder / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -102,7 +105,7 @@ def prepare(plan: Plan) -> None:
         if (plan.run / name).is_file():
             shutil.copyfile(plan.run / name, plan.folder / name)
     kept = {key: value for key, value in read_summary(plan.run).items() if key in KEPT}
-    write_json(plan.folder / "summary.json", {"state": "running", **kept})
+    write_json(plan.folder / "summary.json", {"state": "running", **kept, "verifies": str(plan.run)})
     best = plan.run / "checkpoints" / "best"
     chosen = {"last": folder_of(plan.run / "checkpoints", plan.first)} if plan.first else {}
     chosen |= {"best": best.resolve()} if best.exists() and plan.first else {}
@@ -136,9 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, runs/NAME")
     parser.add_argument("--step", type=int, metavar="N", help="a step with a line in metrics.jsonl; default: the last")
     options = parser.parse_args(arguments)
-    plan = plan_of(options.run, options.step)
+    run = options.run if options.run.name not in ("", "..") else options.run.resolve()
+    plan = plan_of(run, options.step)
     is_main = os.environ.get("RANK", "0") == "0"
+    lease = Lease(plan.folder.with_name(f".{plan.folder.name}.lease.json"))
     if is_main:
+        if (owner := lease.take()) is not None:
+            raise UserError(f"{plan.run} is being verified up to step {plan.last} by {owner}")
         prepare(plan)
     try:
         _train(plan.arguments)
@@ -150,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if is_main:
             shutil.rmtree(plan.folder, ignore_errors=True)
+            lease.release()
 
 
 def _train(arguments: list[str]) -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 
 from lockstep.data.sources.kinds import Split
 from lockstep.errors import UserError
-from lockstep.files import read_json, remove_unfinished, require_plain_file, written_aside
+from lockstep.files import path_of, read_json, remove_unfinished, require_plain_file, written_aside
 from lockstep.lease import held
 
 _logger = logging.getLogger(__name__)
 
 _RULE_VERSION = 1  # raise it when `decode` gives other pixels
+_SKIP = "set --data.on_error=skip"
 _BLOCK = 2048  # images decoded between two writes
 _TASK = 32  # images per task of the thread pool: one alone is too short to pay for the hand-over
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
@@ -54,10 +55,11 @@ def open_image(split: Split, row: int) -> Image.Image:
     try:
         return _first_frame(split.read(row))
     except OSError as error:
-        kind = UnreadableImage if error.errno in (None, errno.ENOENT, errno.EISDIR) else UserError
-        raise kind(_broken(split, row, error)) from error
+        if error.errno in (None, errno.ENOENT, errno.EISDIR):
+            raise UnreadableImage(f"{_broken(split, row, error)}, or {_SKIP}") from error
+        raise UserError(_broken(split, row, error)) from error
     except _DECODING_ERRORS as error:
-        raise UnreadableImage(_broken(split, row, error)) from error
+        raise UnreadableImage(f"{_broken(split, row, error)}, or {_SKIP}") from error
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
@@ -86,10 +88,7 @@ def read_image(split: Split, row: int, channels: int) -> Image.Image:
 
 def _broken(split: Split, row: int, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    return (
-        f"{split.where(row)} cannot be decoded ({reason or repr(error)}): "
-        "replace or remove it, or set --data.on_error=skip"
-    )
+    return f"{split.where(row)} cannot be decoded ({reason or repr(error)}): replace or remove it"
 
 
 def decode(image: Image.Image, shape: tuple[int, int, int], resize_size: int | None) -> np.ndarray:
@@ -155,23 +154,23 @@ def decode_cached(
     another size, if all images are unreadable, and for a folder that cannot be written to or is full.
     """
     key = json.dumps([fingerprint, split.name, len(split), shape, resize_size, on_error, _RULE_VERSION])
-    folder = Path(cache_dir).expanduser()
+    folder = path_of(cache_dir)
     path = folder / f"{split.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
     expected = (len(split), *shape)
-    cached = _open_verified(path, expected, warn=False)
-    if cached is None:
-        try:
+    try:
+        cached = _open_verified(path, expected, warn=False)
+        if cached is None:
             folder.mkdir(parents=True, exist_ok=True)
             with held(path.with_suffix(".lock")):
                 cached = _open_verified(path, expected, warn=True)
                 if cached is None:
                     _build(path, split, shape, resize_size, on_error)
                     cached = _open_verified(path, expected, warn=True)
-        except OSError as error:
-            raise UserError(
-                f"the image cache {folder} cannot be written ({error.strerror or error}): make room there, set another "
-                "--data.cache_dir, or --data.memory_budget=0 to do without"
-            ) from error
+    except OSError as error:
+        raise UserError(
+            f"the image cache {folder} cannot be written ({error.strerror or error}): make room there, set another "
+            "--data.cache_dir, or --data.memory_budget=0 to do without"
+        ) from error
     if cached is None:
         raise UserError(f"the image cache {path} does not keep what is written to it: set another --data.cache_dir")
     return cached

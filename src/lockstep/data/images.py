@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
 from lockstep.data.sources.kinds import Source, Split, open_source
+from lockstep.data.sources.source import spread
 from lockstep.data.split import load_or_draw_split
 from lockstep.errors import UserError
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
@@ -99,7 +101,7 @@ class Data:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    identity: dict[str, int | str]
+    identity: "Identity"
     """The source's"""
 
 
@@ -112,15 +114,21 @@ class _Geometry:
     shrinks: bool
 
 
-def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
+Identity = dict[str, int | str]
+
+
+def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[Identity], None] | None = None) -> Data:
     """Open the data set, choose between memory and streaming, and split off the validation samples.
 
     Sets whose decoded images fit `data.memory_budget` together are decoded once into `data.cache_dir`; larger ones
     stream, and so does a training set whose random crops need more than the cached pixels. Every process of a run
-    calls this; one, with `write`, leaves `split.json` in `run_dir`. Raises UserError, in one line, for all that is
-    wrong with the data or does not fit the settings.
+    calls this; one, with `write`, leaves `split.json` in `run_dir`. `accept` sees the identity of the source before
+    anything is decoded or written, and may raise. Raises UserError, in one line, for all that is wrong with the data or
+    does not fit the settings.
     """
     source = open_source(config.data)
+    if accept is not None:
+        accept(source.identity)
     num_classes = config.data.num_classes or len(source.classes)
     if num_classes < len(source.classes):
         raise UserError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
@@ -140,9 +148,9 @@ def build_data(config: Config, run_dir: Path, *, write: bool) -> Data:
 def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometry:
     """Learn size and channels from a few images spread over the split: the first one's size, colour if any has it."""
     images = []
-    for row in np.unique(np.linspace(0, len(split) - 1, _PROBES).astype(int)):
+    for row in spread(len(split), _PROBES):
         try:
-            images.append(open_image(split, int(row)))
+            images.append(open_image(split, row))
         except UnreadableImage:
             if data.on_error == "raise":
                 raise

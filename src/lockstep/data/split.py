@@ -64,14 +64,14 @@ def load_or_draw_split(
         "seed": seed,
     }
     if path.exists():
-        return _read(path, header, len(labels))
+        return _read(path, header, len(labels), round(config.val_fraction * len(labels)))
     train, val = draw_validation_split(labels, config.val_fraction, seed)
     if write:
         write_json(path, header | {"train_count": len(train), "val_indices": val.tolist()})
     return train, val
 
 
-def _read(path: Path, header: dict[str, object], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, header: dict[str, object], count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         saved = read_json(path)
         val = np.asarray(saved["val_indices"], dtype=np.int64)
@@ -82,7 +82,7 @@ def _read(path: Path, header: dict[str, object], count: int) -> tuple[np.ndarray
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or start over with another --run.name") from error
     ascending = val.ndim == 1 and bool(np.all(np.diff(val) > 0)) and (not len(val) or 0 <= val[0] <= val[-1] < count)
-    if not ascending or train_count != count - len(val):
+    if not ascending or len(val) != held_out or train_count != count - held_out:
         differing.append("val_indices")
     if differing:
         raise UserError(

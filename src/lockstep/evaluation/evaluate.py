@@ -74,4 +74,5 @@ def _summarise(rows: np.ndarray, num_classes: int) -> Predictions:
         losses[samples],
         better[samples].astype(np.int64),
         num_classes,
+        skipped=len(rows) - len(samples),
     )

@@ -23,6 +23,8 @@ class Predictions:
     better: np.ndarray
     """How many other classes were given at least the probability of the label, (N,)"""
     num_classes: int
+    skipped: int = 0
+    """Samples of the set without an image"""
 
     @property
     def loss(self) -> float:
@@ -35,10 +37,11 @@ class Predictions:
         return _accuracy(self)
 
     def headline(self) -> dict[str, float]:
-        """Every metric of METRICS that says something about so many classes."""
-        return {
+        """Every metric of METRICS that says something about so many classes; skipped_images if there were any."""
+        metrics = {
             name: metric.compute(self) for name, metric in METRICS.items() if self.num_classes >= metric.least_classes
         }
+        return {**metrics, "skipped_images": self.skipped} if self.skipped else metrics
 
     @property
     def confusion(self) -> np.ndarray:

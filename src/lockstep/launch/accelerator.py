@@ -2,8 +2,9 @@
 
 import gc
 import os
+import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,8 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed
 
-from lockstep.errors import UserError
-from lockstep.launch.guards import refuse_lonely_launch, require_world_size, resolve_precision, resolve_sharding
+from lockstep.errors import UserError, print_line
+from lockstep.launch.guards import (
+    refuse_lonely_launch,
+    refuse_odd_ranks,
+    refuse_other_loops,
+    require_world_size,
+    resolve_precision,
+    resolve_sharding,
+)
 from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.kernels import choose_kernels
 from lockstep.launch.machine import end_with_launcher, keep_freed_memory
@@ -63,7 +71,7 @@ class Launch:
     def say(self, text: str) -> None:
         """Print on the main process."""
         if self.is_main:
-            print(text, flush=True)
+            print_line(text)
 
     def alone(self) -> "Launch":
         """This process as if there were no others."""
@@ -95,6 +103,19 @@ class Launch:
             distributed.all_gather_object(gathered, own, group=self.host_group)
         return gathered
 
+    def require_alike(self, what: str, own: Mapping[str, Any]) -> None:
+        """Raise UserError, on every process alike, if `own` is not the same on all; every process must take part."""
+        places = self.gather((platform.node(), dict(own)))
+        _, first = places[0]
+        for rank, (host, other) in enumerate(places):
+            changes = [
+                f"{key} {first.get(key)} -> {other.get(key)}"
+                for key in first | other
+                if first.get(key) != other.get(key)
+            ]
+            if changes:
+                raise UserError(f"rank {rank} ({host}) has other {what} than rank 0: {', '.join(changes[:4])}")
+
     def as_dict(self, microbatches: int) -> dict[str, Any]:
         """For environment.json."""
         return {
@@ -124,6 +145,8 @@ class Launch:
 
 def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     """Start the process group; raises UserError, naming a launch that works, if this one is not what it seems."""
+    refuse_odd_ranks()
+    refuse_other_loops()
     end_with_launcher()
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     choose_kernels(config, on_cpu=on_cpu)
@@ -187,6 +210,8 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
         host_group = distributed.new_group(backend="gloo", timeout=wait)
         accelerator.wait_for_everyone()  # NCCL connects in its first collective
         return accelerator, host_group
+    except (ValueError, ImportError) as failure:
+        raise UserError(f"Accelerate cannot use what its launcher left in the environment: {failure}") from failure
     except RuntimeError as failure:
         line = _describe_failed_connection(failure, config)
         if line is None:
@@ -218,7 +243,7 @@ def end_program() -> None:
     With the process group in place, or kept alive by a reference cycle, some exits were aborted: one of 30 trainings
     of two processes, two of 6 sharded ones.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if distributed.is_initialized():
         gc.collect()

@@ -14,6 +14,45 @@ from lockstep.errors import UserError
 from lockstep.launch.machine import has_fast_bf16
 from lockstep.settings.config import RuntimeConfig
 
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_COUNTS = (*_RANKS, "LOCAL_WORLD_SIZE", "EXPECTED_WORLD_SIZE")
+
+
+def refuse_odd_ranks() -> None:
+    """Variables of a launcher that are set by hand, or half of them: raises UserError that names the one at fault."""
+    given = {name: os.environ[name] for name in _COUNTS if name in os.environ}
+    for name, value in given.items():
+        if not value.isascii() or not value.isdigit() or len(value) > 9:
+            raise UserError(f"{name}={value!r} in the environment must be a whole number: unset it, or use a launcher")
+    rank, processes, port = (int(given.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if processes <= 1 and "LOCAL_RANK" not in given and rank == 0:
+        return
+    missing = [name for name in (*_RANKS, "MASTER_ADDR") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{', '.join(name for name in _RANKS if name in given)} in the environment, but no {missing[0]}: unset "
+            "them, or start with accelerate launch"
+        )
+    if rank >= processes or not 0 < port < 65536:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={processes} and MASTER_PORT={port} do not go together: use a launcher"
+        )
+
+
+def refuse_other_loops() -> None:
+    """Variables by which Accelerate would change the training behind the settings' back; raises UserError."""
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} in the environment would divide every gradient: "
+            "unset it; accumulation follows from --train.batch_size and --train.micro_batch_size"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("no", ""):
+        raise UserError(
+            f"dynamo_backend is {compiler}: launch with --dynamo_backend no, and set --runtime.compile=true"
+        )
+
 
 def refuse_lonely_launch() -> None:
     """`accelerate launch --cpu --num_processes N` sets an address to connect to, but starts one process without a rank.

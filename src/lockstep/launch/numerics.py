@@ -42,6 +42,7 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
         **{name: os.environ[name] for name in _CHOOSING_KERNELS if name in os.environ},
         "exact": sums_in_order(config),
         "compile": config.compile,
+        **({"fsdp": True} if launch.fsdp else {}),  # which has a memory layout of its own
     }
 
 

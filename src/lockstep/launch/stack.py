@@ -29,6 +29,7 @@ _PHASES = (
 """Phase, file and function ("": any): the first that is found anywhere on the stack of the main thread counts"""
 
 _WAITS = (
+    ("torch/nn/parallel/distributed.py", "_pre_forward"),
     ("lockstep/training/tree.py", "add_up"),
     ("lockstep/training/tree.py", "finish"),
     ("lockstep/training/meter.py", "read"),

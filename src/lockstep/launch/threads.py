@@ -15,7 +15,8 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def owned_cores() -> int:
     """Cores of this process: its share of the machine's; the word of SLURM or a container counts where none binds."""
     cores = len(os.sched_getaffinity(0))
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    with contextlib.suppress(ValueError):  # of garbage
+        cores = max(1, min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = map(int, _CPU_QUOTA.read_text().split())
         cores = max(1, min(cores, quota // period))

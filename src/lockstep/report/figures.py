@@ -226,6 +226,8 @@ def _draw_image(axes: "Axes", image: "np.ndarray | None") -> None:
 
 
 def _shorten(text: str, most: int) -> str:
+    """A name as it can be drawn: `$` would begin a formula, and bytes that are no UTF-8 have no glyph."""
+    text = text.encode(errors="replace").decode().replace("$", r"\$")
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

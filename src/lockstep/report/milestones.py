@@ -1,5 +1,6 @@
 """What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
 
+import math
 import platform
 from collections import Counter
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def finish(t: Training) -> int:
     t.stopwatch.read()
     if predictions is None:
         return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
+    if not math.isfinite(predictions.loss):  # of weights that are finite, and useless
+        report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     t.tracker.log(test_record(t.progress, t.calendar, predictions))
     report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
     return 0

@@ -1,5 +1,6 @@
 """What is left of a run when it ends: figures, summary, predictions, the printed result."""
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,8 @@ from lockstep.run.tracker import Tracker, build_tracker
 from lockstep.settings.config import RuntimeConfig
 from lockstep.training.calendar import Calendar
 from lockstep.training.progress import Progress
+
+_logger = logging.getLogger(__name__)
 
 _GALLERY = 25
 
@@ -75,7 +78,7 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calen
     }
     if tracker.is_main:
         run.write_summary(**summary)
-    tracker.say(f"stopped after step {progress.step} ({preemption.reason}), saved; the same command continues")
+    tracker.say(f"stopped after step {progress.step} ({preemption.cause}), saved; the same command continues")
     tracker.finish(summary)
     return preemption.leave(progress.step)
 
@@ -100,8 +103,9 @@ def report_divergence(run: Run, tracker: Tracker, progress: Progress, sampler: S
         write_json(place, {"step": progress.step, "samples": [microbatch.samples for microbatch in batch]})
     bad = progress.bad_steps
     tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
+    steps = f"steps {step + 2 - bad.in_a_row} to {progress.step}" if bad.in_a_row else "the test after all steps"
     raise Diverged(
-        f"{run.path} diverged: steps {step + 2 - bad.in_a_row} to {progress.step} had no finite loss or gradient "
+        f"{run.path} diverged: {steps} had no finite loss or gradient "
         f"(samples of the last one: {place}); try a lower --optim.lr, --schedule.warmup_epochs or --optim.clip_norm"
     )
 
@@ -122,22 +126,31 @@ def report_training(
         "steps": progress.step,
         "epochs": calendar.epoch_of(progress.step),
         "images_per_second": images / max(progress.train_seconds, 1e-9),
-        "skipped_images": sum(
-            int((part.labels == SKIPPED_LABEL).sum()) for part in (data.train, data.val, data.test) if part
-        ),
+        "skipped_images": _skipped_images(run, data),
         "bad_steps": progress.bad_steps.total,
         **_times(progress),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if run.config.log.figures:
-        for name, path in draw_figures(run, predictions, data).items():
-            tracker.figure(name, path)
+        try:
+            for name, path in draw_figures(run, predictions, data).items():
+                tracker.figure(name, path)
+        except Exception as problem:  # whatever it is: no picture is worth a finished training
+            _logger.warning("the figures of %s could not be drawn: %r", run.path, problem)
     run.write_summary(**summary)
     tracker.say(
         f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']}), "
         f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
     )
     tracker.finish(summary)
+
+
+def _skipped_images(run: Run, data: Data) -> int:
+    """Images without pixels: those of decoded sets, and of streamed ones each time that one was left out."""
+    decoded = [part for part in (data.train, data.val, data.test) if part and part.images is not None]
+    streamed = {name for name, part in vars(data).items() if name in ("train", "val", "test") and part not in decoded}
+    counts = [line.get("skipped_images", 0) for line in read_history(run.path) if line.get("split") in streamed]
+    return sum(int((part.labels == SKIPPED_LABEL).sum()) for part in decoded) + sum(map(int, counts))
 
 
 def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Path]:

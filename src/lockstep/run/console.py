@@ -3,6 +3,8 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lockstep.errors import print_line
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -17,7 +19,7 @@ class Console:
 
     def start(self, total_steps: int, step: int) -> None:
         self._total_steps = total_steps
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -36,7 +38,7 @@ class Console:
         if self._bar is not None:
             self._bar.write(text)
         else:
-            print(text, flush=True)
+            print_line(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UserError
-from lockstep.files import read_json, remove_unfinished, replace_file, write_json
+from lockstep.files import path_of, read_json, remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.lease import Lease
 from lockstep.settings.config import Config, changed_settings
@@ -65,16 +65,16 @@ class Run:
             "folder, or choose another --run.name or --run.seed"
         )
 
-    def require_same_data(self, identity: dict[str, int | str]) -> None:
-        """Raise UserError, with what has changed, if the run was begun with other data: its order would move."""
-        before = self.summary.get("data")
-        if isinstance(before, dict) and before != identity:
-            changes = [
-                f"{key} {before.get(key)} -> {value}" for key, value in identity.items() if value != before.get(key)
-            ]
+    def require_same_data(self, identity: dict[str, int | str], launch: Launch) -> None:
+        """Raise UserError, on every process alike, with what has changed, if one has other data than the rest.
+
+        Or if the run was begun with others: its order would move.
+        """
+        launch.require_alike("data", identity)
+        if changes := _changes(self.summary.get("data"), identity):
             raise UserError(
-                f"{self.path} was begun with other data ({', '.join(changes)}): bring the old data back, or choose "
-                "another --run.name"
+                f"{self.path} was begun with other data ({changes}): bring the old data back, or choose another "
+                "--run.name"
             )
 
     def create(self, **kept: Any) -> None:
@@ -134,6 +134,32 @@ class Run:
         write_json(self.path / "summary.json", {**read_summary(self.path), **values})
 
 
+def difference_of_data(path: Path, config: Config, identity: dict[str, int | str]) -> str | None:
+    """A line if the classes of these data are not those that the run in `path` was trained on.
+
+    Raises UserError if the run's own source has changed. None too for a folder without a summary.
+    """
+    before = read_summary(path).get("data")
+    changes = _changes(before, identity)
+    if changes is None or not (path / "config.yaml").is_file():
+        return None
+    if config.data.source == load_config(path / "config.yaml").data.source:
+        raise UserError(
+            f"{config.data.source} has changed since {path} was trained ({changes}): bring the old data back, or name "
+            "other data with --data.source"
+        )
+    if (before or {}).get("class_names") == identity["class_names"]:
+        return None
+    return f"note: {config.data.source} has other class names than the data of {path}: outputs are taken in their order"
+
+
+def _changes(before: Any, identity: dict[str, int | str]) -> str | None:
+    if not isinstance(before, dict) or before == identity:
+        return None
+    differing = [key for key, value in identity.items() if value != before.get(key)]
+    return ", ".join(f"{key} {before.get(key)} -> {identity[key]}" for key in differing)
+
+
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
@@ -149,7 +175,7 @@ def open_run(config: Config, launch: Launch) -> Run:
 
 def _look(config: Config) -> Run:
     assert config.run.name is not None
-    path = Path(config.run.root) / config.run.name
+    path = path_of(config.run.root) / str(config.run.name)
     exists = (path / "config.yaml").is_file()
     if config.run.resume == "must" and not exists:
         raise UserError(f"--run.resume=must, but there is no run in {path}")

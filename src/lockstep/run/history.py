@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lockstep.files import read_json, replace_file
+from lockstep.files import read_json, replace_file, require_plain_file
 
 HISTORY = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -21,10 +21,13 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """All records of `<run_dir>/metrics.jsonl` in order; empty if there is none, without a line cut off by a crash.
 
-    Non-finite numbers come back as floats.
+    Non-finite numbers come back as floats. Raises UserError for what is no file.
     """
     path = run_dir / HISTORY
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    require_plain_file(path)
+    lines = path.read_bytes().splitlines()
     return [record for record in map(_parse, lines) if record is not None]
 
 

@@ -6,7 +6,7 @@ argparse reads flags from left to right, and a recipe's settings take their plac
 import argparse
 import ast
 import inspect
-import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lockstep.errors import UsageError, UserError, did_you_mean
+from lockstep.errors import UsageError, UserError, did_you_mean, print_line
+from lockstep.files import path_of, read_json
 from lockstep.settings import config as config_module
 from lockstep.settings.config import Config, settings_digest
 from lockstep.settings.types import checked, describe, options_of, written
@@ -31,14 +32,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+_MOST_SHOWN = 200
+
+
 class _TakeRecipe(argparse.Action):
     """`--config FILE`: all settings of a file."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, flag: Any = None) -> None:
         path = Path(value)
-        if not path.is_file():
+        if not os.path.exists(path):  # unlike Path.exists, also of a name that is too long
             known = [str(Path("configs") / recipe.name) for recipe in RECIPES.glob("*.yaml")]
-            raise UserError(f"recipe {value} does not exist.{did_you_mean(value, known)}")
+            raise UserError(f"recipe {value[:_MOST_SHOWN]} does not exist.{did_you_mean(value[:_MOST_SHOWN], known)}")
         namespace.recipe = path
         for section, values in read_settings(path).items():
             namespace.sections[section] |= values
@@ -138,7 +142,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     except UserError as mistake:
         raise UsageError(str(mistake)) from mistake
     if namespace.print_config or namespace.print_run_dir:
-        print(config_to_yaml(config) if namespace.print_config else Path(config.run.root) / str(config.run.name))
+        folder = path_of(config.run.root) / str(config.run.name)
+        print_line(config_to_yaml(config) if namespace.print_config else str(folder))
         raise SystemExit(0)
     return config
 
@@ -207,6 +212,6 @@ def _find_checkpoint(run: Path | None, checkpoint: str) -> Path:
 def trained_precision(run: Path) -> list[str]:
     """The flag for the precision in force when a run was last started, which its settings leave to the launcher."""
     try:
-        return [f"--runtime.precision={json.loads((run / 'environment.json').read_text())[-1]['precision']}"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return [f"--runtime.precision={read_json(run / 'environment.json')[-1]['precision']}"]
+    except (OSError, ValueError, LookupError, TypeError):  # also of what is no file
         return []

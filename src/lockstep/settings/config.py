@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from lockstep.errors import UserError
-from lockstep.settings.types import checked
+from lockstep.settings.types import checked, is_name
 
 
 def _require(condition: bool, message: str) -> None:
@@ -68,8 +68,10 @@ class RunConfig(_Section):
         _require(self.seed >= 0, f"--run.seed={self.seed} must not be negative")
         _require(self.max_hours is None or self.max_hours > 0, f"--run.max_hours={self.max_hours} must be positive")
         if self.name is not None:
-            unusual = self.name in ("", ".", "..") or "/" in self.name
+            unusual = self.name in (".", "..") or "/" in self.name or not is_name(self.name)
             _require(not unusual, f"--run.name={self.name!r} must be one folder name; set --run.root for the place")
+            length = len(self.name.encode())
+            _require(length <= 200, f"--run.name has {length} bytes: a folder's name may have 200 at most")
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ class ModelConfig(_Section):
             _require_fraction("model.dropout", self.dropout, one_allowed=False)
         _require_fraction("model.drop_path", self.drop_path, one_allowed=False)
         _require(self.noise >= 0, f"--model.noise={self.noise} must not be negative")
+        _require(self.checkpoint != "", "--model.checkpoint= names no file: leave it out, or name one")
         _require(self.width is None or self.width > 0, f"--model.width={self.width} must be positive")
         _require(min(self.hidden, default=1) > 0, f"--model.hidden={list(self.hidden)} must be positive")
         _require(
@@ -502,6 +505,17 @@ def shaping_settings(config: Config) -> dict[str, Any]:
         for section, values in asdict(config).items()
         for key, value in values.items()
         if key not in _SHAPELESS.get(section, ())
+    }
+
+
+def settings_of_all(config: Config) -> dict[str, Any]:
+    """Flat `section.key -> value` of the settings that must be alike on all processes: all but for places on disks."""
+    places = {"root", "cache_dir"}
+    return {
+        f"{section}.{key}": value
+        for section, values in asdict(config).items()
+        for key, value in values.items()
+        if key not in places
     }
 
 

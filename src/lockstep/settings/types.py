@@ -1,17 +1,23 @@
 """What a setting's value may be: checked against the type hint of its field, in words a user knows."""
 
 import math
+import reprlib
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lockstep.errors import UserError, did_you_mean
 
+_LARGEST_WHOLE = 2**63 - 1
+_LARGEST = 3.4e38
+"""What 64 bits and a float32 hold"""
+_MOST_SHOWN = 120
+
 
 def checked(setting: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` has it (whole numbers as floats, lists as tuples); raises UserError naming `setting`.
 
-    A hint is bool, int, float, str, None, a Literal of texts, tuple[X, ...], or a union of such. inf and NaN are no
-    numbers here.
+    A hint is bool, int, float, str, None, a Literal of texts, tuple[X, ...], or a union of such. inf, NaN and what a
+    float32 or 64 bits do not hold are no numbers here, and bytes that are no UTF-8 are no text.
     """
     options = options_of(hint)
     for option in options:
@@ -20,7 +26,7 @@ def checked(setting: str, value: Any, hint: Any) -> Any:
             return typed
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
     hope = did_you_mean(str(value), choices) if isinstance(value, str) else ""
-    raise UserError(f"--{setting}={written(value)}: expected {describe(hint)}.{hope}".rstrip("."))
+    raise UserError(f"--{setting}={_shown(value)}: expected {describe(hint)}.{hope}".rstrip("."))
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
@@ -47,8 +53,23 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
             number = float(value)
         except OverflowError:  # a whole number of more than 308 digits
             return False, value
-        return math.isfinite(number), number
-    return isinstance(value, hint), value
+        return math.isfinite(number) and abs(number) <= _LARGEST, number
+    if hint is int and isinstance(value, int):
+        return abs(value) <= _LARGEST_WHOLE, value
+    return isinstance(value, hint) and (hint is not str or _is_text(value)), value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written to a file and stand in a path."""
+    try:
+        return "\0" not in value and bool(value.encode() or True)
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        return False
+
+
+def is_name(value: str) -> bool:
+    """Whether it can name a folder or a class wherever names are shown: text without control characters."""
+    return _is_text(value) and value != "" and not any(ord(letter) < 32 or ord(letter) == 127 for letter in value)
 
 
 def describe(hint: Any) -> str:
@@ -62,6 +83,19 @@ def describe(hint: Any) -> str:
         return {float: "a list of numbers", int: "a list of whole numbers", str: "a list of words"}[get_args(hint)[0]]
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
     return names[hint]
+
+
+def _shown(value: Any) -> str:
+    """A value of any kind in a message; what is nested, or too long, in short."""
+    if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+        return f"(a number of {value.bit_length()} bits)"
+    nested = isinstance(value, dict) or (isinstance(value, list | tuple) and not all(map(_is_plain, value)))
+    text = reprlib.repr(value) if nested else written(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _is_plain(item: Any) -> bool:
+    return isinstance(item, str | float | bool | None) or (isinstance(item, int) and abs(item) <= _LARGEST_WHOLE)
 
 
 def written(value: Any) -> str:

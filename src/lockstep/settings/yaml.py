@@ -25,18 +25,23 @@ HINTS = {
 
 
 _TAG = "tag:yaml.org,2002:"
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_WHOLE = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d+|(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 _TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """By first letter, what plain text stands for: YAML 1.1, but 1e-3 is a number, and no and 2020-01-01 are text."""
+    """By first letter, what plain text stands for: YAML 1.1, but 1e-3 is a number.
+
+    And no, 2020-01-01, 1:30 (90 in YAML 1.1) and 010 (8) are text.
+    """
+    ours = [_TAG + name for name in ("timestamp", "bool", "int", "float")]
     resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag not in (_TAG + "timestamp", _TAG + "bool")]
+        first: [(tag, pattern) for tag, pattern in known if tag not in ours]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for first in "-+.0123456789":
-        resolvers[first] = [*resolvers[first], (_TAG + "float", _NUMBER)]
+        resolvers[first] = [*resolvers[first], (_TAG + "int", _WHOLE), (_TAG + "float", _NUMBER)]
     for first in "tTfF":
         resolvers[first] = [*resolvers.get(first, []), (_TAG + "bool", _TRUTH)]
     return resolvers
@@ -73,16 +78,23 @@ def load_yaml(text: str) -> Any:
         raise UserError("is not YAML that can be read: it is nested too deeply") from mistake
 
 
-def read_settings(path: Path) -> Sections:
-    """The settings that a YAML file holds, each of its type; raises UserError that names the file and what is wrong."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says; raises UserError in one line, naming the file, if it is none."""
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise UserError("is not a file" if path.exists() else "does not exist")
+        return load_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as mistake:
         raise UserError(f"{path} is not YAML: it is no text ({mistake.reason})") from mistake
     except UserError as mistake:
         raise UserError(f"{path} {mistake}") from mistake
+    except OSError as problem:
+        raise UserError(f"{str(path)[:200]} cannot be read: {problem.strerror}") from problem
+
+
+def read_settings(path: Path) -> Sections:
+    """The settings that a YAML file holds, each of its type; raises UserError that names the file and what is wrong."""
+    content = read_yaml(path)
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path} must hold sections such as `optim:`, not {found}")

@@ -123,3 +123,34 @@ def test_postscript_under_another_name_starts_no_program(tmp_path: Path, monkeyp
     row = next(row for row in range(len(split)) if split.where(row).endswith("cat/0.png"))
     with pytest.raises(OSError, match="cannot identify image file"):
         split.read(row).load()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"bell\x07"])
+def test_a_class_whose_name_is_no_text_is_named(name: bytes, tmp_path: Path) -> None:
+    os.mkdir(os.path.join(os.fsencode(tmp_path), name))
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UserError, match="whose name is no plain text"):
+        open_named(f"folder:{tmp_path}")
+
+
+def test_other_pictures_of_the_same_names_and_sizes_are_other_data(tmp_path: Path) -> None:
+    def write(shade: int) -> dict[str, int | str]:
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for number in range(6):
+                Image.new("RGB", (4, 4), (shade, number, 0)).save(tmp_path / name / f"{number}.bmp")
+        return open_named(f"folder:{tmp_path}").identity
+
+    before = write(10)
+    assert write(10) == before, "a copy is the same"
+    assert write(20) != before
+
+
+def test_renamed_classes_are_other_data(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.new("L", (4, 4)).save(tmp_path / name / f"{number}.bmp")
+    before = open_named(f"folder:{tmp_path}").identity
+    (tmp_path / "cat").rename(tmp_path / "zebra")
+    assert open_named(f"folder:{tmp_path}").identity["class_names"] != before["class_names"]

@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded
+from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded, spread
 from lockstep.errors import UserError
+from lockstep.files import path_of
 from lockstep.settings.config import DataConfig
+from lockstep.settings.types import is_name
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+_LOOKED_INTO, _LOOKED_AT_BYTES = 256, 1 << 16
+"""Files of a split whose contents count for the identity of the data, and how much of each"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +36,7 @@ class _Files:
 
 def open_folder(name: str, config: DataConfig) -> Source:
     """Open a folder of image files; raises UserError if it or its class folders are not as they should be."""
-    root = Path(name).expanduser()
+    root = path_of(name)
     if not root.is_dir():
         raise UserError(f"--data.source={config.source!r}: there is no folder {root.resolve()}")
     folders = {"train": root}
@@ -48,16 +53,29 @@ def open_folder(name: str, config: DataConfig) -> Source:
         paths, labels, stamps = _list_images(folder, classes)
         listing += [split.encode(), *stamps]
         content += [split.encode(), *(stamp.rpartition(b"|")[0] for stamp in stamps)]
+        content += [_beginning(folder / os.fsdecode(paths[row])) for row in spread(len(paths), _LOOKED_INTO)]
         reader = _Files(folder, np.array(paths, dtype=np.bytes_))
         splits[split] = Split(split, np.array(labels, dtype=np.int64), reader, reader.path)
     fingerprint = digest_of(str(root.resolve()).encode(), *listing)
     return Source(config.source, tuple(classes), splits, fingerprint, digest_of(*content))
 
 
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file; none if it cannot be read, which is told when its image is needed."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_LOOKED_AT_BYTES)
+    except OSError:
+        return b""
+
+
 def _class_folders(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{folder} holds no class folders: images belong in {folder}/<class>/<image>.png")
+    for name in names:
+        if not is_name(name):  # bytes that are no UTF-8 among them
+            raise UserError(f"{folder} has a class whose name is no plain text, {name!r}: rename the folder")
     if len(names) == 1:
         raise UserError(f"{folder} holds only one class, {names[0]}: classification needs two")
     return names

@@ -5,7 +5,6 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded
 from lockstep.errors import UserError
+from lockstep.files import path_of
 from lockstep.settings.config import DataConfig
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def open_hub(name: str, config: DataConfig) -> Source:
 def _load_hub(name: str, config: DataConfig) -> Mapping[str, Any]:
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--data.source={config.source!r}: there is no folder {folder.resolve()}")
     try:

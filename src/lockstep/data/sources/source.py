@@ -1,6 +1,7 @@
 """A data set as labelled splits whose images are read one by one."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -50,9 +51,11 @@ class Source:
 
     @property
     def identity(self) -> dict[str, int | str]:
-        """What a run needs to know its data again by: a digest of the content, numbers of classes and samples."""
+        """What a run needs to know its data again by: digests of content and class names, and numbers."""
         counts = {name: len(split) for name, split in self.splits.items()}
-        return {"content": (self.content or self.fingerprint)[:16], "classes": len(self.classes), **counts}
+        names = digest_of(*(os.fsencode(name) for name in self.classes))
+        identity = {"content": (self.content or self.fingerprint)[:16], "class_names": names[:16]}
+        return {**identity, "classes": len(self.classes), **counts}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,11 @@ def open_encoded(file: str | BinaryIO) -> Image.Image:
     Not every format that Pillow knows: some start other programs, as PostScript does.
     """
     return Image.open(file, formats=_FORMATS)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many rows of `count`, from the first to the last."""
+    return [int(row) for row in np.unique(np.linspace(0, count - 1, most).astype(np.int64))] if count else []
 
 
 def digest_of(*parts: bytes | np.ndarray) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lockstep.data.sources.source import RowName, Source, Split, digest_of
 from lockstep.errors import UserError, did_you_mean
+from lockstep.files import path_of
 from lockstep.lease import held
 from lockstep.settings.config import DataConfig
 
@@ -58,7 +59,7 @@ def open_torchvision(name: str, config: DataConfig) -> Source:
     if name not in known:
         near = did_you_mean(name, known) or f" Known: {', '.join(sorted(known))}"
         raise UserError(f"--data.source={config.source!r}: no such torchvision data set.{near}")
-    root = Path(config.root).expanduser()
+    root = path_of(config.root)
     splits, digests = {}, [name]
     for split, arguments in known[name].items():
         dataset = _load_torchvision(getattr(datasets, name), root, arguments)
