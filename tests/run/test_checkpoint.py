@@ -209,6 +209,26 @@ def test_the_best_weights_come_back_as_their_average(tmp_path: Path, accelerator
     assert_same(parts.model.state_dict(), average)
 
 
+def test_a_copy_steps_in_for_damaged_best_weights(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_in(tmp_path)
+    parts = Parts(run, accelerator)
+    parts.train(range(1))
+    average = {name: value.clone() for name, value in parts.average.state_dict().items()}
+    parts.checkpointer.save(Progress(step=1), is_best=True)
+    parts.checkpointer.wait(must_succeed=True)
+    _truncate(run.checkpoints / "best" / "ema.safetensors")
+    parts.train(range(1, 2))
+    with caplog.at_level(logging.WARNING):
+        parts.checkpointer.load_best()
+    assert_same(parts.model.state_dict(), average)
+    assert "best is damaged (ema.safetensors has" in caplog.text and "best_copy" in caplog.text
+    _truncate(run.checkpoints / "best_copy" / "ema.safetensors")
+    with pytest.raises(ValueError, match="best cannot be used: .*; nor can its copy .*best_copy"):
+        parts.checkpointer.load_best()
+
+
 def test_best_is_repaired_after_a_kill_before_its_link(tmp_path: Path, accelerator: Accelerator) -> None:
     run = run_in(tmp_path, keep_last=3)
     parts = Parts(run, accelerator)
@@ -405,7 +425,7 @@ def test_links_lead_to_the_last_and_the_best(tmp_path: Path, accelerator: Accele
     assert os.readlink(run.checkpoints / "last") == "step_00000040"
     assert os.readlink(run.checkpoints / "best") == "step_00000010"
     assert saved_steps(run.checkpoints) == [10, 30, 40]  # keep_last=2, and the best
-    assert names_in(run.checkpoints) == {"best", "last", *(f"step_000000{step}" for step in (10, 30, 40))}
+    assert names_in(run.checkpoints) == {"best", "best_copy", "last", *(f"step_000000{step}" for step in (10, 30, 40))}
     assert run.has_checkpoint and find_newest(run.checkpoints) == folder_of(run.checkpoints, 40)
 
 

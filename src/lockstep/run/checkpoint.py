@@ -41,6 +41,8 @@ from lockstep.training.progress import Progress
 _logger = logging.getLogger(__name__)
 
 _ALWAYS_THERE = ("config.yaml", "model.safetensors", "optimizer.pt", "progress.json")
+_COPIED = ("config.yaml", "model.safetensors", "ema.safetensors", "progress.json")
+BEST_COPY = "best_copy"
 
 
 @dataclass
@@ -97,15 +99,18 @@ class Checkpointer:
         is_best = progress.best_step == progress.step or not (progress.best_step or progress.validations)
         if self._launch.is_main and is_best:
             point(self._run.checkpoints, "best", folder)  # in case a kill came between the save and this link
+            copy_best(self._run.checkpoints)
         progress.restarts += 1
         return progress
 
     def load_best(self) -> None:
-        """Wait for the last save and put the best weights (their average, if there is one) into the network."""
+        """Wait for the last save and put the best weights (their average, if there is one) into the network.
+
+        Their copy steps in if they are damaged. Raises UserError if both are.
+        """
         self.wait(must_succeed=True)
         self._accelerator.wait_for_everyone()
-        best = self._run.checkpoints / "best"
-        self._launch.decide(lambda: verify_checkpoint(best))
+        best = self._launch.decide(lambda: find_best(self._run.checkpoints))
         put_weights(self._model, load_weights(best, verify=False), str(best))
 
     def save(self, progress: Progress, *, is_best: bool) -> None:
@@ -151,6 +156,7 @@ class Checkpointer:
         with _explained(checkpoints):
             if is_best:
                 point(checkpoints, "best", folder)
+                copy_best(checkpoints)
             prune(checkpoints, self._run.config.checkpoint)
 
 
@@ -236,6 +242,31 @@ def point(checkpoints: Path, name: str, target: Path) -> None:
     if place.is_dir() and not place.is_symlink():  # a run that was copied without its links
         place.rename(checkpoints / f".tmp_{name}_{secrets.token_hex(4)}")
     aside.replace(place)
+
+
+def copy_best(checkpoints: Path) -> None:
+    """Copy what `best` leads to, but for the optimizer: of these weights there is no other, and they are the result."""
+    aside, place = checkpoints / f".tmp_{BEST_COPY}", checkpoints / BEST_COPY
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in _COPIED:
+        if (checkpoints / "best" / name).is_file():
+            shutil.copyfile(checkpoints / "best" / name, aside / name)
+    write_manifest(aside)
+    shutil.rmtree(place, ignore_errors=True)
+    aside.rename(place)
+
+
+def find_best(checkpoints: Path) -> Path:
+    """The best checkpoint, or its copy if it is damaged, with a warning; raises UserError if both are."""
+    best, copy = checkpoints / "best", checkpoints / BEST_COPY
+    problem = problem_with(best)
+    if problem is None:
+        return best
+    if manifest_problem(copy, ("model.safetensors", "progress.json")) is not None:
+        raise UserError(f"checkpoint {best} cannot be used: {problem}; nor can its copy {copy}")
+    _logger.warning("checkpoint %s is damaged (%s): using %s", best, problem, copy)
+    return copy
 
 
 def problem_with(folder: Path) -> str | None:
