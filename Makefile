@@ -1,15 +1,16 @@
 # make train: set up and train on real handwritten digits.  make test: the tests, in minutes.  make check: lint and types.
 # make test-all: those that take longer, too.  make slurm-test: all of SLURM, as root.  make soak: kills, bit flips, stalls.
+# make wheels: what a machine without network lacks beside its own torch (docs/offline.md).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train test test-all slurm-test soak check format clean
+.PHONY: help train wheels test test-all slurm-test soak check format clean
 
 help:
-	@sed -n 1,2p Makefile
+	@sed -n 1,3p Makefile
 
 # uv inside the environment installs everything in a fraction of pip's time.
 $(VENV)/bin/uv:
@@ -33,6 +34,29 @@ LAUNCH := $(BIN)/python -m accelerate.commands.launch
 train: $(READY)
 	@echo "Training on handwritten digits: accelerate launch train.py"
 	@$(LAUNCH) --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+
+# The machine the wheels are for: its Python (by default this one's version) and processor (x86_64 or aarch64).
+WHEELS_PYTHON ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+WHEELS_MACHINE ?= x86_64
+# pip wants every kind of wheel named that the machine takes: those for glibc 2.28 and older.
+WHEELS_PLATFORMS = $(foreach minor,$(shell seq 28 -1 5),--platform manylinux_2_$(minor)_$(WHEELS_MACHINE)) \
+	--platform manylinux2014_$(WHEELS_MACHINE)
+COMPILE = sed '/^torch/s/>=/==/; /^-e/d' requirements.txt | grep $(1) | $(BIN)/uv pip compile --quiet --no-header \
+	--no-annotate --only-binary :all: --python-version $(WHEELS_PYTHON) \
+	--python-platform $(WHEELS_MACHINE)-manylinux_2_28 --output-file $(2) - >/dev/null
+
+# All that requirements.txt comes to with the oldest torch, less what that torch and its torchvision come to alone.
+# setuptools comes along: pip installs the project with it, and a Python may have one that is too old.
+wheels: $(VENV)/bin/uv
+	@echo "Filling wheels/ for Python $(WHEELS_PYTHON) on Linux, $(WHEELS_MACHINE)"
+	@rm -rf wheels && mkdir wheels
+	@$(call COMPILE,'.',wheels/all.txt)
+	@$(call COMPILE,'^torch',wheels/torch.txt)
+	@{ grep -vxFf wheels/torch.txt wheels/all.txt; grep '^setuptools=' wheels/all.txt; } | sort -u >wheels/list.txt
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest wheels \
+		--python-version $(WHEELS_PYTHON) $(WHEELS_PLATFORMS) --requirement wheels/list.txt
+	@rm wheels/*.txt
+	@du -sh wheels
 
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
@@ -61,4 +85,4 @@ format: $(DEV_READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) wheels *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
