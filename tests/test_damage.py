@@ -265,8 +265,8 @@ def test_a_rank_killed_before_the_ranks_have_connected_does_not_leave_the_others
     send(begun.ranks[victim], signal.SIGKILL)
     assert begun.finish() == -signal.SIGKILL and begun.seconds < 2 * GONE_SECONDS
     (line,) = lines_of(begun, "^error: ")
-    assert f"process {1 - victim} of 2 did not reach the others at 127.0.0.1:" in line
-    assert "--runtime.rendezvous_seconds=1" in line and "Traceback" not in begun.output()
+    assert re.search(f"rank {victim}.* (did not|has not|is gone)", line) and "rendezvous_seconds" in line, line
+    assert "Traceback" not in begun.output()
 
 
 def goes_on_as_if_nothing_had_been(

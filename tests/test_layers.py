@@ -31,6 +31,7 @@ ORDER = [
     "launch.guards",
     "launch.imports",
     "launch.kernels",
+    "launch.rendezvous",
     "launch.stack",
     "launch.watch",
     "launch.accelerator",

@@ -157,6 +157,8 @@ import os, signal, sys
 from accelerate import Accelerator
 from lockstep.settings.config import RuntimeConfig
 from lockstep.launch.accelerator import build_accelerator
+from lockstep.launch.rendezvous import meet
+kept = meet(30)
 Accelerator(cpu=True).wait_for_everyone()  # both have the first group
 if sys.argv[1:] == ["killed"]:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -26,6 +26,7 @@ from lockstep.launch.guards import (
 from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.kernels import choose_kernels
 from lockstep.launch.machine import end_with_launcher, keep_freed_memory
+from lockstep.launch.rendezvous import meet
 from lockstep.launch.threads import choose_threads, owned_cores
 from lockstep.launch.watch import Watch
 from lockstep.settings.config import RuntimeConfig
@@ -198,6 +199,7 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
     they connected notices after one to three times the wait, because it tries again.
     """
     wait = timedelta(seconds=config.rendezvous_seconds)
+    meeting = meet(config.rendezvous_seconds)
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -209,6 +211,7 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
             return accelerator, None
         host_group = distributed.new_group(backend="gloo", timeout=wait)
         accelerator.wait_for_everyone()  # NCCL connects in its first collective
+        del meeting
         return accelerator, host_group
     except (ValueError, ImportError) as failure:
         raise UserError(f"Accelerate cannot use what its launcher left in the environment: {failure}") from failure
@@ -227,8 +230,6 @@ def _describe_failed_connection(failure: RuntimeError, config: RuntimeConfig) ->
         return None
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, world_size, address, port = (os.environ.get(name, "?") for name in names)
-    if "EADDRINUSE" in text:
-        return f"port {port} is taken (EADDRINUSE), by another run perhaps: launch with another --main_process_port"
     return (
         f"process {rank} of {world_size} did not reach the others at {address}:{port} "
         f"({text.splitlines()[0].rstrip('.')}): one of them may have ended, or need longer than "
