@@ -28,6 +28,7 @@ ORDER = [
     "settings.registry",
     "launch.machine",
     "launch.threads",
+    "launch.transfer",
     "launch.guards",
     "launch.imports",
     "launch.kernels",

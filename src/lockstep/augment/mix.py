@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.augment.geometry import inside
+from lockstep.launch.transfer import to_device
 from lockstep.randomness import mix_seed
 from lockstep.settings.config import AugmentConfig
 
@@ -36,7 +37,7 @@ def mix(
         x, y = torch.tensor(random.random((2, 1)))
         mask = inside((x, y, side, side), *images.shape[2:])
         weight = 1 - mask.double().mean().item()
-        images = torch.where(mask.to(images.device), partners, images)
+        images = torch.where(to_device(mask, images.device), partners, images)
     else:
         images = images.lerp(partners, 1 - weight)
     dtype = torch.promote_types(images.dtype, torch.float32)

@@ -25,6 +25,7 @@ from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.machine import signal_at_death_of_parent
+from lockstep.launch.transfer import to_device
 from lockstep.randomness import sample_keys
 from lockstep.settings.config import AugmentConfig, Config
 
@@ -68,25 +69,26 @@ class TrainLoader:
         microbatches = self.sampler.microbatches(steps, self.numbers)
         return map(self._gather, microbatches) if self._images is not None else self._stream(microbatches)
 
-    def _keys(self, microbatch: Microbatch, device: torch.device) -> Tensor:
-        rows = self._data.rows[torch.from_numpy(microbatch.samples)].to(device)
-        repeats = torch.from_numpy(microbatch.repeats).to(device)
-        return sample_keys(self._config.run.seed, microbatch.epoch, rows, repeats)
-
     def _gather(self, microbatch: Microbatch) -> Batch:
         assert self._images is not None
-        samples = torch.from_numpy(microbatch.samples).to(self._launch.device, non_blocking=True)
-        images = self._images.index_select(0, self._rows[samples])
-        return Batch(images, self._labels[samples], self._keys(microbatch, self._launch.device))
+        numbers = torch.from_numpy(np.stack([microbatch.samples, microbatch.repeats]))
+        samples, repeats = to_device(numbers, self._launch.device)
+        rows = self._rows[samples]
+        keys = sample_keys(self._config.run.seed, microbatch.epoch, rows, repeats)
+        return Batch(self._images.index_select(0, rows), self._labels[samples], keys)
+
+    def _keys(self, microbatch: Microbatch) -> Tensor:
+        """On the host, for the workers that decode."""
+        rows = self._data.rows[torch.from_numpy(microbatch.samples)]
+        return sample_keys(self._config.run.seed, microbatch.epoch, rows, torch.from_numpy(microbatch.repeats))
 
     def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
         min_area = self._config.augment.resized_crop if self._precrops else 0.0
-        cpu = torch.device("cpu")
-        requests = ((m.samples.tolist(), self._keys(m, cpu)) for m in microbatches)
+        requests = ((m.samples.tolist(), self._keys(m)) for m in microbatches)
         tagged = ([(index, key, min_area) for index, key in zip(*request, strict=True)] for request in requests)
         loader = _data_loader(self._data, tagged, self._config, self._launch)
         for images, labels, keys in loader:
-            yield Batch(*(part.to(self._launch.device, non_blocking=True) for part in (images, labels, keys)))
+            yield Batch(*(to_device(part, self._launch.device) for part in (images, labels, keys)))
 
 
 def evaluation_batch(shape: tuple[int, int, int]) -> int:
@@ -113,12 +115,12 @@ class EvaluationLoader:
         batches = [torch.arange(start, min(start + size, len(self.data))) for start in starts]
         if self.data.images is not None:
             for samples in batches:
-                images = self.data.images.index_select(0, self.data.rows[samples])
-                yield samples.to(device), images.to(device), self.data.labels[samples].to(device)
+                images, labels = self.data.images.index_select(0, self.data.rows[samples]), self.data.labels[samples]
+                yield to_device(samples, device), to_device(images, device), to_device(labels, device)
             return
         tagged = ([(int(index), index, 0.0) for index in samples] for samples in batches)
         for images, labels, samples in _data_loader(self.data, tagged, self._config, self._launch):
-            yield samples.to(device), images.to(device), labels.to(device)
+            yield to_device(samples, device), to_device(images, device), to_device(labels, device)
 
 
 Request = tuple[int, Tensor, float]  # sample index, key, smallest area of a random crop (0: none)
