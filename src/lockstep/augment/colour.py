@@ -1,6 +1,7 @@
 """What pixels look like: jitter, grayscale, blur and noise on floats (B, C, H, W) in [0, 255]."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +69,23 @@ def luma(pixels: Tensor) -> Tensor:
     """Brightness (B, 1, H, W) by ITU-R 601, as PIL and torchvision take it."""
     if pixels.shape[1] == 1:
         return pixels
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=pixels.dtype, device=pixels.device)
-    return (pixels * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+    to_yiq, _ = _yiq(pixels.dtype, pixels.device)
+    return (pixels * to_yiq[0].view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Rotate the colour plane of YIQ by a share of a full turn, (B,): a linear stand-in for the hue of HSV."""
-    to_yiq = torch.tensor(
-        [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
-        dtype=turns.dtype,
-        device=pixels.device,
-    )
+    to_yiq, from_yiq = _yiq(turns.dtype, pixels.device)
     angle = 2 * math.pi * turns
     rotation = torch.eye(3, dtype=turns.dtype, device=pixels.device).repeat(len(turns), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    matrices = (torch.linalg.inv(to_yiq) @ rotation @ to_yiq).to(pixels.dtype)
+    matrices = (from_yiq @ rotation @ to_yiq).to(pixels.dtype)
     return torch.einsum("bij,bjhw->bihw", matrices, pixels)
+
+
+@cache  # a step does not wait for a GPU to have them, nor to say whether the inverse is one
+def _yiq(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices (3, 3) from RGB to YIQ and back."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=dtype)
+    return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)

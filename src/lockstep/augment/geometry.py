@@ -1,6 +1,7 @@
 """Where pixels go: windows, mirrors, warps and erased rectangles, in whole batches."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def affine(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
 
 def perspective(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     """Projective maps that take points inside the corners, by up to strength * half size, back to them."""
-    corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=real_type(keys.device), device=keys.device)
+    corners = _corners(real_type(keys.device), keys.device)
     moved = corners * (1 - config.perspective * draw(keys, "perspective", 8).view(-1, 4, 2))
     x, y = moved.unbind(-1)
     u, v = corners.expand_as(moved).unbind(-1)
@@ -71,8 +72,14 @@ def perspective(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:
     # Eight unknowns h with (h0 x + h1 y + h2) / (h6 x + h7 y + 1) = u, likewise v, at the four corners.
     rows_u = torch.stack([x, y, one, zero, zero, zero, -x * u, -y * u], -1)
     rows_v = torch.stack([zero, zero, zero, x, y, one, -x * v, -y * v], -1)
-    solution = torch.linalg.solve(torch.cat([rows_u, rows_v], 1), torch.cat([u, v], 1))
+    # Not `solve`, for which a GPU's host waits to see whether there is a solution.
+    solution = torch.linalg.solve_ex(torch.cat([rows_u, rows_v], 1), torch.cat([u, v], 1)).result
     return torch.cat([solution, one[:, :1]], 1).view(-1, 3, 3)
+
+
+@cache  # a step does not wait for a GPU to have them
+def _corners(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=dtype).to(device)
 
 
 def resized_crop(keys: Tensor, config: AugmentConfig, aspect: float) -> Tensor:

@@ -7,6 +7,7 @@ and restart, and switching one transform on leaves the draws of the others alone
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,10 +66,7 @@ class Transform:
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalise only: (x / 255 - mean) / std."""
-        mean = torch.tensor(self.mean, dtype=torch.float64)
-        std = torch.tensor(self.std, dtype=torch.float64)
-        scale = (1 / (255 * std)).to(images.device, self.dtype).view(-1, 1, 1)
-        bias = (-mean / std).to(images.device, self.dtype).view(-1, 1, 1)
+        scale, bias = _scale_and_bias(self.mean, self.std, self.dtype, images.device)
         pixels = images.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.channels_last)
         return torch.addcmul(bias, pixels, scale)
 
@@ -110,6 +108,16 @@ class Transform:
         for warp in self._wanted("warp"):
             matrices = warp.apply(keys, self.config, aspect) @ matrices
         return matrices
+
+
+@cache  # a step does not wait for a GPU to have them
+def _scale_and_bias(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What pixels (C, H, W) in [0, 255] are multiplied by, and what is then added, (C, 1, 1) each."""
+    means, stds = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    scale, bias = 1 / (255 * stds), -means / stds
+    return scale.to(device, dtype).view(-1, 1, 1), bias.to(device, dtype).view(-1, 1, 1)
 
 
 def build_transform(
