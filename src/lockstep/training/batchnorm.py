@@ -63,7 +63,7 @@ class RunningStatistics:
         """Take what the buffers hold now, for example after loading a checkpoint, as the real statistics."""
         self._real = [buffer.detach().clone() for buffer in self._buffers]
         self._sums.pop()
-        self._num_steps = int(self._counters[0]) if self._counters else 0
+        self._counts = [counter.clone() for counter in self._counters]
 
     def collect(self, number: int) -> None:
         """Call after each forward in training mode with the number of its microbatch."""
@@ -83,6 +83,6 @@ class RunningStatistics:
         for real, mean, momentum in zip(self._real, means, self._momenta, strict=True):
             real.lerp_(mean.where(~bad, real), momentum)
         torch._foreach_copy_(self._buffers, self._real)
-        self._num_steps += 1
-        for counter in self._counters:
-            counter.fill_(self._num_steps)
+        if self._counters:
+            torch._foreach_add_(self._counts, 1)
+            torch._foreach_copy_(self._counters, self._counts)
