@@ -97,9 +97,9 @@ class Gradients:
 
     def _exchanged(self) -> list[Gradient]:
         """The sums over all processes, of parameters that each of them has whole beside its part of others."""
+        zeros = self._parameters[0].new_zeros(sum(parameter.numel() for parameter in self._parameters))
         vectors = [
-            (node, _laid_out(gradients, self._parameters, torch.zeros(sum(p.numel() for p in self._parameters))))
-            for node, gradients in self._sums.pop()
+            (node, _laid_out(gradients, self._parameters, zeros.clone())) for node, gradients in self._sums.pop()
         ]
         return list(_views(self._exchange.total(vectors), self._parameters))
 
