@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from programs import finish, free_port, start
 
+from lockstep.launch import accelerator
 from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.guards import resolve_precision, resolve_sharding
 from lockstep.launch.machine import has_fast_bf16
@@ -40,6 +43,19 @@ def refusal(config: RuntimeConfig | None = None) -> str:
         build_accelerator(config or RuntimeConfig())
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_gloo_is_used_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(**options: Any) -> Any:
+        asked.append(options["kwargs_handlers"][0].to_kwargs().get("backend"))
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerator, "Accelerator", note)
+    for backend in ("auto", "gloo"):
+        accelerator._connect(RuntimeConfig(backend=backend), "no", True)
+    assert asked == [None, "gloo"]
 
 
 # ---- precision

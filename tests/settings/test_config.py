@@ -186,7 +186,7 @@ SHAPELESS = {
     "run.name", "run.root", "run.resume", "run.max_hours", "run.notes", "run.tags", "run.group",
     "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
     "runtime.compile", "runtime.threads", "runtime.profile", "runtime.fsdp",
-    "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
+    "runtime.backend", "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
     "runtime.stuck_seconds",
     "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",

@@ -200,12 +200,13 @@ def _connect(config: RuntimeConfig, precision: str, on_cpu: bool) -> tuple[Accel
     """
     wait = timedelta(seconds=config.rendezvous_seconds)
     meeting = meet(config.rendezvous_seconds)
+    choice = {} if config.backend == "auto" else {"backend": config.backend}
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=precision,
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=wait)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=wait, **choice)],
         )
         if accelerator.num_processes == 1:
             return accelerator, None

@@ -370,6 +370,8 @@ class RuntimeConfig(_Section):
     """Send gradients between processes as bf16: half the bytes; leaves the promise, too"""
     fsdp: bool = False
     """Each process keeps a part of weights, average and optimizer state (FSDP2); true if the launcher says FSDP"""
+    backend: Literal["auto", "gloo"] = "auto"
+    """auto: NCCL between GPUs, gloo between CPUs; gloo: also for processes that share a GPU, which NCCL refuses"""
     bucket_view: bool = True
     """DDP: gradients live in the buffers that are sent, which saves a copy of them"""
     static_graph: bool = False
@@ -488,6 +490,7 @@ _SHAPELESS = {
         "threads",
         "profile",
         "fsdp",
+        "backend",
         "bucket_view",
         "static_graph",
         "rendezvous_seconds",
