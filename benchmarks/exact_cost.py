@@ -78,6 +78,31 @@ class Side:
         self.statistics.commit(bad)
 
 
+def settings_of(model: str, source: str, micro_batch_size: int, precision: str) -> list[str]:
+    """The training that both sides make."""
+    settings = [f"--model.name={model}", f"--data.source={source}", "--augment.flip=true", "--augment.rotation=0"]
+    settings += ["--augment.zoom=0", "--optim.name=sgd", "--optim.momentum=0.9", "--optim.lr=0.01"]
+    settings += ["--optim.clip_norm=1", f"--train.batch_size={MICROBATCHES * micro_batch_size}"]
+    return [*settings, f"--train.micro_batch_size={micro_batch_size}", f"--runtime.precision={precision}"]
+
+
+def both_sides(config: Config, accelerator: object, launch: Launch) -> list[Side]:
+    """The training in the one order, and the one without."""
+    fast = replace(config, runtime=replace(config.runtime, exact=False))
+    return [Side(one, accelerator, launch) for one in (config, fast)]
+
+
+def cost_ratios(sides: list[Side], steps: int, pairs: int) -> list[float]:
+    """Times of stretches in the one order as shares of those without, in turn, after one of each to warm up."""
+    for side in sides:
+        side.seconds(steps)  # memory, DDP's buckets
+    ratios = []
+    for number in range(pairs):
+        times = {side: side.seconds(steps) for side in (sides if number % 2 else sides[::-1])}
+        ratios.append(times[sides[0]] / times[sides[1]])
+    return ratios
+
+
 def digest_in_steps(side: Side, pairs: int) -> float:
     """Time of a digest as a share of a step's, median of both in turn."""
     shares = []
@@ -91,25 +116,17 @@ def digest_in_steps(side: Side, pairs: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cifar10_cnn", help="a name as --model.name takes it")
+    parser.add_argument("--source", default="synthetic:32x32x3x5120")
     parser.add_argument("--precision", default="no")
     parser.add_argument("--micro_batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20, help="of a stretch")
     parser.add_argument("--pairs", type=int, default=15)
     options = parser.parse_args()
-    settings = [f"--model.name={options.model}", "--data.source=synthetic:32x32x3x5120", "--augment.flip=true"]
-    settings += ["--optim.name=sgd", "--optim.momentum=0.9", "--optim.lr=0.01", "--optim.clip_norm=1"]
-    settings += ["--augment.rotation=0", "--augment.zoom=0"]
-    settings += [f"--train.batch_size={MICROBATCHES * options.micro_batch_size}"]
-    config = parse_config([*settings, f"--runtime.precision={options.precision}"])
+    settings = settings_of(options.model, options.source, options.micro_batch_size, options.precision)
+    config = parse_config(settings)
     accelerator, launch = build_accelerator(config.runtime)
-    fast = replace(config, runtime=replace(config.runtime, exact=False))
-    sides = [Side(one, accelerator, launch) for one in (config, fast)]
-    for side in sides:
-        side.seconds(options.steps)  # warm up: memory, DDP's buckets
-    ratios = []
-    for number in range(options.pairs):
-        times = {side: side.seconds(options.steps) for side in (sides if number % 2 else sides[::-1])}
-        ratios.append(times[sides[0]] / times[sides[1]])
+    sides = both_sides(config, accelerator, launch)
+    ratios = cost_ratios(sides, options.steps, options.pairs)
     buffers = max(len(nodes_of(range(end), MICROBATCHES)) for end in range(1, len(sides[0].loader.numbers) + 1))
     size = sum(p.numel() * p.element_size() for p in sides[0].learner.model.parameters()) / 1e6
     launch.say(

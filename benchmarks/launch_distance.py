@@ -46,13 +46,19 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 PROGRAMS = {"Lockstep": (1, 2, 3, 4), "Lockstep, exact=false": (1, 2, 4), "plain script": (1, 2, 4)}
 
 
-def launch(processes: int, precision: str, program: str, *arguments: str) -> None:
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
+def launch_command(processes: int, precision: str, program: str, device: str = "cpu") -> list[str]:
+    """`accelerate launch` for a program on this machine's CPU, or on a GPU (`cuda`)."""
+    one, several = {"cpu": ("cpu", "cpu_2proc"), "cuda": ("gpu", "ddp_2gpu")}[device]
+    config = ROOT / "accelerate_configs" / f"{one if processes == 1 else several}.yaml"
     options = ["--config_file", str(config), "--mixed_precision", precision, "--num_cpu_threads_per_process", "1"]
     if processes > 1:
         options += ["--num_processes", str(processes), "--main_process_port", "0"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
-    subprocess.run([*launcher, str(ROOT / program), *arguments], check=True, stdout=subprocess.DEVNULL)
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / program)]
+
+
+def launch(processes: int, precision: str, program: str, *arguments: str) -> None:
+    command = launch_command(processes, precision, program)
+    subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def snapshots(program: str, processes: int, precision: str, place: Path) -> list[Path]:
