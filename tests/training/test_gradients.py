@@ -1,9 +1,17 @@
 """Gradients on real processes: what is left in the parameters is the tree's sum, to the last bit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from fork_server import ForkServer
+
+from lockstep.training.gradients import _Buckets
+from lockstep.training.tree import Subtrees
 
 PROGRAM = '''
 import copy, json, os, sys
@@ -18,6 +26,7 @@ from lockstep.training.gradients import Gradients
 
 LEAVES, STEPS = 8, 3
 settings = json.loads(sys.argv[1])
+late = settings.pop("late", False)
 config = RuntimeConfig(threads=1, **settings)
 accelerator, launch = build_accelerator(config)
 
@@ -45,6 +54,27 @@ class Network(nn.Module):
 def loss_of(network, step, number):
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(100 * step + number))
     return F.cross_entropy(network(images.to(memory_format=torch.channels_last)), torch.arange(4)) / LEAVES
+
+
+class Late:
+    """A collective that sends and receives when it is waited for, and not before: the least that NCCL promises."""
+
+    under_way = most_under_way = 0
+
+    def __init__(self, collective, received, *arguments):
+        received.fill_(torch.nan)
+        self.run, Late.under_way = lambda: collective(received, *arguments), Late.under_way + 1
+        Late.most_under_way = max(Late.most_under_way, Late.under_way)
+
+    def wait(self):
+        self.run()
+        Late.under_way -= 1
+
+
+if late:
+    for name in ("all_to_all_single", "all_gather_into_tensor"):
+        collective = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, lambda *a, f=collective, async_op: Late(f, *a) if async_op else f(*a))
 
 
 def tree_sum(values):
@@ -77,6 +107,8 @@ for step in range(STEPS):  # DDP deals its buckets anew after the first one
     for got, *values in zip(model.parameters(), *parts):
         wrong += not torch.equal(whole(got.grad), tree_sum(values))
     model.zero_grad()
+if late:
+    assert Late.under_way == 0 and Late.most_under_way > 1, "nothing is sent while the backward pass goes on"
 os.write(1, f"{launch.process_index} differ: {wrong}\\n".encode())  # in one piece: all ranks write to one file
 end_program()
 '''
@@ -90,6 +122,7 @@ end_program()
         (2, "{}"),
         (3, "{}"),
         (3, '{"bucket_view": false}'),
+        (2, '{"late": true, "backend": "gloo"}'),
         (1, '{"fsdp": true}'),
         (2, '{"fsdp": true}'),
         (4, '{"fsdp": true}'),
@@ -110,3 +143,31 @@ def test_the_check_notices_another_order(server: ForkServer, tmp_path: Path) -> 
     program.write_text(PROGRAM)
     printed = server.run(2, tmp_path, '{"exact": false}', program=program)
     assert "differ: 0" not in printed and printed.count("differ: ") == 2
+
+
+def test_a_gpu_waits_for_messages_beside_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets are sent from the stream that computed them, and summed and put back on another."""
+    calls: list[tuple[str, str]] = []
+    streams = ["backward"]
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def note(call: str) -> Any:
+        return lambda *_: calls.append((call, streams[-1])) or torch.ones(2)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    exchange: Any = SimpleNamespace(start=note("start"), add_up=note("add_up"), finish=note("finish"))
+    parameter = type("OnGpu", (), {"is_cuda": True})()
+    buckets = _Buckets(Subtrees(1, note("add")), [parameter], 0, exchange)
+    monkeypatch.setattr(buckets, "_pieces", lambda bucket: [bucket.buffer()])
+    buffers = [torch.zeros(2) for _ in range(3)]
+    given = [SimpleNamespace(buffer=lambda at=i: buffers[at], is_last=lambda at=i: at == 2) for i in range(3)]
+    futures = [buckets.exchange(None, bucket) for bucket in given]
+    started, summed, put_back = ("start", "backward"), ("add_up", "side"), ("finish", "side")
+    assert calls == [started, started, summed, started, summed, summed, *[put_back] * 3]
+    assert all(future.value() is buffer and buffer.sum() == 2 for future, buffer in zip(futures, buffers, strict=True))
