@@ -92,7 +92,10 @@ def speed(place: Place, name: str, *, compiled: bool) -> dict[str, Any]:
         _leave_exactness()
         found["bare step"] = size / _seconds(place, _bare_step(training, size))
         if not compiled:
-            found["plain script"] = _plain_script(place, work, size)
+            try:
+                found["plain script"] = _plain_script(place, work, size)
+            except (ImportError, RuntimeError, ValueError) as failure:  # the figures of ours stand without it
+                found["plain script"] = f"{type(failure).__name__}: {failure}"
         flops = _flops_of_training(training)
     found["share_of_peak"] = ours * flops / _peak_flops(place)
     target = work.compiled if compiled else work.eager
@@ -127,16 +130,12 @@ def _bare_step(training: Any, size: int) -> Callable[[int], None]:
     return run
 
 
-def _plain_script(place: Place, work: Work, size: int) -> float | str:
+def _plain_script(place: Place, work: Work, size: int) -> float:
     """Images per second of plain_accelerate.py's loop in this process."""
-    try:
-        from plain_accelerate import build_parts, train_epoch
-    except ImportError as missing:
-        return str(missing)
     from accelerate import Accelerator
+    from plain_accelerate import build_parts, train_epoch
 
-    warm, steps = _steps(place)
-    images = size * (warm + steps) * 10 // 8 if place.is_rehearsal else max(2 * _PLAIN_WORKERS * size, 8192)
+    images = 64 if place.is_rehearsal else max(2 * _PLAIN_WORKERS * size, 8192)
     options = argparse.Namespace(
         source=f"synthetic:{work.shape}x{images}",
         model=work.model,
