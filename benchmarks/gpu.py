@@ -110,17 +110,9 @@ def table_of(results: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:,.0f}"
-        if _large(value)
-        else str(value)
-    )
-
-
-def _large(value: Any) -> bool:
-    return isinstance(value, float) and value >= 100
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 def write(results: dict[str, Any], out: Path) -> None:

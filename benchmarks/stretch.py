@@ -7,7 +7,7 @@ with prepared("--model.name=tiny_cnn") as training:
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ def prepared(*settings: str) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = parse_config([*SETTINGS, f"--run.root={folder}", f"--data.cache_dir={folder}/cache", *settings])
         accelerator, launch = build_accelerator(config.runtime)
-        nobody: Any = None  # who holds the run folder, and who may stop it, counts at milestones only
-        yield program().begin(open_run(config, launch), nobody, accelerator, launch, nobody)
+        nobody: Any = None  # who holds the run folder counts at milestones only
+        unstopped: Any = _Limit(0)
+        yield program().begin(open_run(config, launch), nobody, accelerator, launch, unstopped)
 
 
 class _Enough(Exception):
@@ -48,6 +49,9 @@ class _Limit:
 
     def __init__(self, steps: int) -> None:
         self._left = steps
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def agreed(self, *, wait: bool = False) -> bool:
         if not self._left:

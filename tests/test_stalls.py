@@ -14,7 +14,8 @@ pytestmark = pytest.mark.launch
 TOOLS = {"disk": ("fsfreeze", "mkfs.ext4"), "node": ("ip",)}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "stop")) for kind in STALLS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STALLS)
 def test_who_stands_still_is_named_and_the_same_command_goes_on(kind: str, server: ForkServer, tmp_path: Path) -> None:
     missing = [tool for tool in TOOLS.get(kind, ()) if shutil.which(tool) is None]
     if missing or (kind in TOOLS and os.geteuid() != 0):

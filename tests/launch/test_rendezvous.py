@@ -28,6 +28,7 @@ def meeting(place: Path, ranks: list[int], processes: int, seconds: int, **more:
     return [finish(process, 60).stdout.strip() for process in started]
 
 
+@pytest.mark.slow
 def test_all_come(tmp_path: Path) -> None:
     assert meeting(tmp_path, [0, 1, 2], 3, 60) == ["True"] * 3
 
@@ -40,6 +41,7 @@ def test_those_that_do_not_come_are_named(tmp_path: Path) -> None:
     assert any(re.fullmatch(said, line) for line in lines), lines
 
 
+@pytest.mark.slow
 def test_a_first_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     (line,) = meeting(tmp_path, [1], 2, 1)
     assert re.match(r"rank 1 \(\S+\) waited 1 s .* for rank 0, which should be at 127.0.0.1:\d+", line), line

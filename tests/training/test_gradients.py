@@ -11,6 +11,7 @@ import torch
 from fork_server import ForkServer
 
 from lockstep.training.gradients import _Buckets
+from lockstep.training.pace import Pace
 from lockstep.training.tree import Subtrees
 
 PROGRAM = '''
@@ -163,7 +164,7 @@ def test_a_gpu_waits_for_messages_beside_the_backward_pass(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "stream", on)
     exchange: Any = SimpleNamespace(start=note("start"), add_up=note("add_up"), finish=note("finish"))
     parameter = type("OnGpu", (), {"is_cuda": True})()
-    buckets = _Buckets(Subtrees(1, note("add")), [parameter], 0, exchange)
+    buckets = _Buckets(Subtrees(1, note("add")), [parameter], 0, exchange, Pace(torch.device("cpu")))
     monkeypatch.setattr(buckets, "_pieces", lambda bucket: [bucket.buffer()])
     buffers = [torch.zeros(2) for _ in range(3)]
     given = [SimpleNamespace(buffer=lambda at=i: buffers[at], is_last=lambda at=i: at == 2) for i in range(3)]
