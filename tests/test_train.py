@@ -59,7 +59,7 @@ def test_run_folder_is_complete(short_run: Path) -> None:
     best, last = (load_file(run / "checkpoints" / link / "model.safetensors") for link in ("best", "last"))
     assert best.keys() == last.keys() and len(best) > 10
     leftovers = {path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("step_")}
-    assert leftovers == {"best", "last"}
+    assert leftovers == {"best", "best_copy", "last"}
 
 
 def test_metrics_have_every_record_once(short_run: Path) -> None:

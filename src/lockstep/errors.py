@@ -94,7 +94,7 @@ def end_at_once(line: str, *, speaks: bool) -> NoReturn:
 def print_line(text: str) -> None:
     """Print, also where nobody reads any longer: a closed pipe is no reason to end a training."""
     try:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # at once: a kill between text and newline would glue two lines together
     except BrokenPipeError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
