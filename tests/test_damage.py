@@ -1,6 +1,7 @@
 """What accidents do to a whole program: one clear line, at most the steps since the checkpoint before are lost."""
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -180,6 +181,21 @@ def test_a_disk_that_fills_during_training_ends_it_with_one_line(
     resumed = Training(FORMS["alone"], tmp_path, server)
     assert resumed.finish() == 0, resumed.output()
     assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
+    assert differences(resumed.run, references("alone")) == []
+
+
+def test_a_cache_that_is_cut_while_it_is_in_use_says_where_and_is_made_again(
+    tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(3, FORMS["alone"], tmp_path, server)
+    for file in (tmp_path / "cache").glob("*.npy"):
+        os.truncate(file, 0)
+    while begun.is_running:
+        time.sleep(0.01)
+    assert "Fatal Python error: Bus error" in begun.output() and "loader.py" in begun.output()
+    resumed = Training(FORMS["alone"], tmp_path, server)
+    assert resumed.finish() == 0, resumed.output()
+    assert len(lines_of(resumed, "the image cache .* is damaged .*: decoding the images again")) >= 1
     assert differences(resumed.run, references("alone")) == []
 
 

@@ -85,6 +85,16 @@ def test_draws_that_repeat_are_drawn_again_until_there_are_none(tmp_path: Path) 
         ("- a", "must hold method and parameters"),
         ("a: [", "is not YAML"),
         ("method: grid\nparameters: {optim.lr: {value: 1}}\ncommand: [python, x.py]", "command must name"),
+        ("method: grid\nparameters: {optim.lr: {value: 1}}\ncommand: 5", "command must be a list"),
+        ("method: grid\nparameters: {optim.lr: {values: [fast]}}", "optim.lr=fast: expected a number"),
+        ("method: grid\nparameters: {optim.lr: {values: [1e-3, 0.001]}}", "optim.lr has a value twice"),
+        ("method: grid\nparameters: {optim.lr: {value: 1}, optim.lr: {value: 2}}", "optim.lr stands there twice"),
+        ("method: grid\nparameters: {1: {value: 1}}", "1 is no setting"),
+        ("method: grid\nparameters: " + "[" * 100_000, "nested too deeply"),
+        (
+            f"method: random\nrun_cap: 10000\nparameters: {{optim.lr: {{values: {[1 / n for n in range(1, 9002)]}}}}}",
+            "no 10000 different tasks can be drawn, only 9001",
+        ),
     ],
 )
 def test_what_cannot_be_enumerated_is_one_line_that_names_the_file(text: str, message: str, tmp_path: Path) -> None:

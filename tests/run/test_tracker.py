@@ -74,3 +74,14 @@ def test_a_copy_that_fails_is_dropped_with_one_warning(tmp_path: Path, capsys) -
     tracker.finish({})
     assert capsys.readouterr().out.count("warning: TensorBoard stopped (") == 1
     assert [record["step"] for record in read_history(tmp_path)] == [1, 2]
+
+
+def test_a_history_that_is_removed_is_told_and_begun_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = build_tracker(configured(), tmp_path, is_main=True)
+    tracker.log(train_record(1))
+    (tmp_path / "metrics.jsonl").unlink()
+    tracker.log(train_record(2))
+    tracker.log(train_record(3))
+    tracker.finish({})
+    assert [line["step"] for line in read_history(tmp_path)] == [2, 3]
+    assert caplog.text.count("metrics.jsonl was removed") == 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from lockstep.errors import UserError
 from lockstep.settings.config import ScheduleConfig
 from lockstep.training.progress import Validation
 from lockstep.training.schedule import SHAPES, Schedule, build_schedule
@@ -152,20 +153,29 @@ def test_cosine_after_warmup_as_in_torch() -> None:
 
 WARMUP_STEPS = round(1.5 * STEPS_PER_EPOCH)
 SETTINGS = {"period_epochs": 4, "milestones": (5, 8), "gamma": 0.5, "min_lr": 0.001}
+
+
+def meant(name: str, settings: dict[str, object]) -> dict[str, object]:
+    """Those that mean something to the shape."""
+    return {key: value for key, value in settings.items() if key in SHAPES[name].settings | {"warmup_epochs"}}
+
+
 AFTER_WARMUP = {"cosine", "cosine_restarts", "polynomial"}
 
 
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - AFTER_WARMUP))
 def test_warmup_scales_and_borders_stay(name: str) -> None:
-    plain, warm = schedule_of(name, **SETTINGS), schedule_of(name, warmup_epochs=1.5, **SETTINGS)
+    settings = meant(name, SETTINGS)
+    plain, warm = schedule_of(name, **settings), schedule_of(name, warmup_epochs=1.5, **settings)
     for step in range(TOTAL_STEPS):
         assert warm.lr_at(step) == pytest.approx(plain.lr_at(step) * min(1, 0.01 + 0.99 * step / WARMUP_STEPS))
 
 
 @pytest.mark.parametrize("name", sorted(AFTER_WARMUP))
 def test_warmup_precedes(name: str) -> None:
-    warm = schedule_of(name, warmup_epochs=1.5, **SETTINGS)
-    rest = build_schedule(ScheduleConfig(name, **SETTINGS), LR, STEPS_PER_EPOCH, TOTAL_STEPS - WARMUP_STEPS)
+    settings: dict = meant(name, SETTINGS)
+    warm = schedule_of(name, warmup_epochs=1.5, **settings)
+    rest = build_schedule(ScheduleConfig(name, **settings), LR, STEPS_PER_EPOCH, TOTAL_STEPS - WARMUP_STEPS)
     for step in range(WARMUP_STEPS):
         assert warm.lr_at(step) == pytest.approx(LR * (0.01 + 0.99 * step / WARMUP_STEPS))
     for step in range(TOTAL_STEPS - WARMUP_STEPS):
@@ -189,7 +199,8 @@ def test_fractional_periods_change_at_the_rounded_step(period_epochs: float) -> 
 @pytest.mark.parametrize("name", SHAPES)
 def test_jumping_to_a_step_is_walking_there(name: str) -> None:
     validations = [Validation(epoch, 5.0 if epoch == 1 else 4.0) for epoch in range(1, 13)]
-    settings = {"warmup_epochs": 0.5, "period_epochs": 3, "milestones": (4,), "patience": 1, "min_lr": 1e-4}
+    every = {"warmup_epochs": 0.5, "period_epochs": 3, "milestones": (4,), "patience": 1, "min_lr": 1e-4}
+    settings = meant(name, every)
     walked = schedule_of(name, **settings)
     lrs = [walked.lr_at(step, validations) for step in range(TOTAL_STEPS)]
     for step in random.Random(0).sample(range(TOTAL_STEPS), TOTAL_STEPS):
@@ -216,5 +227,21 @@ def test_contradictions_are_refused_with_flags_and_numbers(settings: dict[str, o
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_training_of_one_step_has_a_learning_rate(name: str) -> None:
-    schedule = build_schedule(ScheduleConfig(name, milestones=(1,)), LR, STEPS_PER_EPOCH, total_steps=1)
+    config = ScheduleConfig(name, **meant(name, {"milestones": (1,)}))
+    schedule = build_schedule(config, LR, STEPS_PER_EPOCH, total_steps=1)
     assert 0 <= schedule.lr_at(0) <= LR
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("constant", "gamma", 0.5),
+        ("cosine", "period_epochs", 3.0),
+        ("step", "min_lr", 1e-4),
+        ("onecycle", "patience", 1),
+    ],
+)
+def test_a_setting_without_meaning_for_the_shape_is_refused(name: str, setting: str, value: float) -> None:
+    config = ScheduleConfig(name=name, **{setting: value})
+    with pytest.raises(UserError, match=f"--schedule.{setting}={value} has no meaning for --schedule.name={name}"):
+        build_schedule(config, lr=0.1, steps_per_epoch=10, total_steps=100)

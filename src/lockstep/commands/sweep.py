@@ -26,7 +26,8 @@ from typing import Any
 from lockstep.errors import UsageError, UserError, did_you_mean
 from lockstep.settings.cli import RECIPES
 from lockstep.settings.config import Config, shaping_settings
-from lockstep.settings.yaml import read_yaml
+from lockstep.settings.types import checked
+from lockstep.settings.yaml import HINTS, read_yaml
 
 _MAX_TASKS = 10_000
 _DRAWS_PER_TASK = 100  # before we conclude that there are not as many different tasks
@@ -76,6 +77,7 @@ def read_sweep(path: Path) -> Sweep:
             raise UserError(f"{path}: {name} is no setting that a sweep can vary.{did_you_mean(str(name), known)}")
         if not isinstance(parameter, dict):
             raise UserError(f"{path}: {name} needs `value`, `values`, or `min` and `max`")
+        _check_values(path, name, parameter)
     method = content.get("method")
     if method == "grid":
         tasks = _grid(path, parameters)
@@ -84,6 +86,17 @@ def read_sweep(path: Path) -> Sweep:
     else:
         raise UserError(f"{path}: method {method} needs W&B's server (wandb sweep {path}); here: grid or random")
     return Sweep(path, _shared_arguments(path, content), tuple(tasks))
+
+
+def _check_values(path: Path, name: str, parameter: dict[str, Any]) -> None:
+    """Raise UserError for a value that is of another type than the setting."""
+    values = parameter.get("values")
+    given = list(values) if isinstance(values, list) else []
+    for value in given + ([parameter["value"]] if "value" in parameter else []):
+        try:
+            checked(name, value, HINTS[name])
+        except UserError as mistake:
+            raise UserError(f"{path}: {mistake}") from mistake
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -121,6 +134,8 @@ def _grid(path: Path, parameters: dict[str, dict[str, Any]]) -> list[Task]:
 def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: str) -> list[Task]:
     if not isinstance(count, int) or not 1 <= count <= _MAX_TASKS:
         raise UserError(f"{path}: method random needs `run_cap`, the number of tasks, from 1 to {_MAX_TASKS}")
+    if (most := _most_tasks(parameters)) < count:
+        raise UserError(f"{path}: no {count} different tasks can be drawn, only {most:.0f}: lower run_cap")
     generator = random.Random(seed)
     tasks: dict[str, Task] = {}
     for _ in range(_DRAWS_PER_TASK * count):
@@ -129,6 +144,12 @@ def _draw(path: Path, parameters: dict[str, dict[str, Any]], count: Any, seed: s
         if len(tasks) == count:
             return list(tasks.values())
     raise UserError(f"{path}: no {count} different tasks can be drawn, only {len(tasks)}: lower run_cap")
+
+
+def _most_tasks(parameters: dict[str, dict[str, Any]]) -> float:
+    """How many different tasks there can be: infinitely many where a number is drawn."""
+    lists = ([given["value"]] if "value" in given else given.get("values") for given in parameters.values())
+    return math.prod(len(values) if isinstance(values, list) else math.inf for values in lists)
 
 
 def _identity(value: Any) -> str:

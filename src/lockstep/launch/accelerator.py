@@ -25,7 +25,7 @@ from lockstep.launch.guards import (
 )
 from lockstep.launch.imports import leave_compiler_out
 from lockstep.launch.kernels import choose_kernels
-from lockstep.launch.machine import end_with_launcher, keep_freed_memory
+from lockstep.launch.machine import end_with_launcher, keep_freed_memory, tell_of_crashes
 from lockstep.launch.rendezvous import meet
 from lockstep.launch.threads import choose_threads, owned_cores
 from lockstep.launch.watch import Watch
@@ -149,6 +149,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     refuse_odd_ranks()
     refuse_other_loops()
     end_with_launcher()
+    tell_of_crashes()
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     choose_kernels(config, on_cpu=on_cpu)
     precision = resolve_precision(config, on_cpu)

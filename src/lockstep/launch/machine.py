@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import platform
 import signal
@@ -49,6 +50,12 @@ def keep_freed_memory() -> None:
         if not library.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
             library.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def tell_of_crashes() -> None:
+    """Let a crash say where it was: a cache file that somebody cuts while it is mapped ends the process by SIGBUS."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no stderr, or none that is a file
+        faulthandler.enable(all_threads=False)
 
 
 def signal_at_death_of_parent(number: signal.Signals) -> None:

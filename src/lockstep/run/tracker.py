@@ -7,6 +7,8 @@ one warning line. Numbers of a record become scalars named `<split>/<field>` the
 import contextlib
 import io
 import json
+import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+
+_logger = logging.getLogger(__name__)
 
 _AXES = ("step", "epoch", "position")
 
@@ -80,6 +84,10 @@ class Tracker:
         """
         if self._file is None:
             return
+        if os.fstat(self._file.fileno()).st_nlink == 0 and self._path.parent.is_dir():
+            _logger.warning("%s was removed: its lines are lost, training goes on with a new one", self._path)
+            self._file.close()
+            self._file = open(self._path, "ab", buffering=0)
         try:
             self._file.write((json.dumps(plain(record)) + "\n").encode())
         except OSError as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lockstep.errors import UserError
 from lockstep.settings.config import ScheduleConfig
-from lockstep.settings.registry import look_up
+from lockstep.settings.registry import choose
 from lockstep.training.progress import Validation
 
 WARMUP_START = 0.01
@@ -73,11 +73,12 @@ class Schedule:
 def build_schedule(config: ScheduleConfig, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:
     """The schedule of `config` for a training of `total_steps` updates with the highest learning rate `lr`.
 
-    Raises UserError for an unknown name and for settings that contradict each other or the length of the training:
+    Raises UserError for an unknown name, for settings that have no meaning for it, and for those that contradict each
+    other or the length of the training:
     a warm-up that leaves no step, a floor above `lr`, a period too short to have a shape, a plateau that never drops.
     """
     assert lr > 0 and steps_per_epoch > 0 and total_steps > 0, (lr, steps_per_epoch, total_steps)
-    shape = look_up(SHAPES, "schedule.name", config.name)
+    shape = choose(SHAPES, "schedule.name", config)
     schedule = Schedule(config, lr, steps_per_epoch, total_steps)
     if schedule.warmup_steps >= total_steps:
         raise UserError(
@@ -169,22 +170,27 @@ class Shape(NamedTuple):
     """A learning rate without warm-up, for a schedule, a step and the validations until then; and what it needs."""
 
     lr: Callable[[Schedule, int, Validations], float]
-    has_floor: bool = False
-    """schedule.min_lr counts"""
+    settings: frozenset[str] = frozenset()
+    """Settings of the section that it uses, beside warmup_epochs"""
     shortest_period_steps: int = 0
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether schedule.min_lr counts."""
+        return "min_lr" in self.settings
 
 
 SHAPES = {
     "constant": Shape(_constant),
-    "step": Shape(_step, shortest_period_steps=1),
-    "multistep": Shape(_multistep),
-    "exponential": Shape(_exponential),
-    "cosine": Shape(_cosine, has_floor=True),
-    "plateau": Shape(_plateau, has_floor=True),
-    "cosine_restarts": Shape(_cosine_restarts, has_floor=True, shortest_period_steps=2),
-    "cyclic": Shape(_cyclic, has_floor=True, shortest_period_steps=2),
-    "onecycle": Shape(_onecycle, has_floor=True),
-    "polynomial": Shape(_polynomial, has_floor=True),
+    "step": Shape(_step, frozenset({"period_epochs", "gamma"}), shortest_period_steps=1),
+    "multistep": Shape(_multistep, frozenset({"milestones", "gamma"})),
+    "exponential": Shape(_exponential, frozenset({"gamma"})),
+    "cosine": Shape(_cosine, frozenset({"min_lr"})),
+    "plateau": Shape(_plateau, frozenset({"min_lr", "gamma", "patience"})),
+    "cosine_restarts": Shape(_cosine_restarts, frozenset({"min_lr", "period_epochs"}), shortest_period_steps=2),
+    "cyclic": Shape(_cyclic, frozenset({"min_lr", "period_epochs"}), shortest_period_steps=2),
+    "onecycle": Shape(_onecycle, frozenset({"min_lr", "peak"})),
+    "polynomial": Shape(_polynomial, frozenset({"min_lr", "power"})),
 }
 
 
