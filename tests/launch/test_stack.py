@@ -1,8 +1,10 @@
 """Where a process is, read off the stacks of its threads."""
 
+import gc
 import importlib.util
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,8 @@ def main_thread_in(monkeypatch: pytest.MonkeyPatch, *frames: tuple[str, str]) ->
         frame = SimpleNamespace(
             f_code=SimpleNamespace(co_filename=file, co_name=function), f_back=frame, f_lineno=number
         )
-    monkeypatch.setattr("sys._current_frames", lambda: {threading.main_thread().ident: frame})
+    monkeypatch.setattr("threading.main_thread", lambda: SimpleNamespace(ident=-1))
+    monkeypatch.setattr("sys._current_frames", lambda: {-1: frame, threading.get_ident(): None})
     yield
     monkeypatch.undo()
 
@@ -102,3 +105,23 @@ def test_a_real_thread_is_seen_where_it_is() -> None:
     done.wait(10)
     assert "threading.py" in seen[0].stack and "test_a_real_thread_is_seen" in seen[0].stack
     assert seen[0].phase == START and not seen[0].waits
+
+
+def test_looking_keeps_nothing_alive() -> None:
+    """Tensors of a step, or workers that decode, would stay until the next garbage collection."""
+
+    class Tensor:
+        pass
+
+    def step() -> "weakref.ref[Tensor]":
+        tensor = Tensor()
+        watch = threading.Thread(target=place)
+        watch.start()
+        watch.join()
+        return weakref.ref(tensor)
+
+    gc.disable()
+    try:
+        assert step()() is None
+    finally:
+        gc.enable()

@@ -118,8 +118,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> list[Watch]:
 def test_beats_reach_the_first_process_and_its_word_reaches_all(pair: list[Watch]) -> None:
     first, other = pair
     assert first.is_on and other.is_on
-    other.step_of = lambda: 12
-    other._send(other._first, {"beat": vars(other._beat())})
+    other._send(other._first, {"beat": vars(Beat(1, "node1", step=12))})
     assert first._receive(1) == {1} and first._heard[1][1].step == 12
     before = other._verdict_heard
     first._tell({"end": None})

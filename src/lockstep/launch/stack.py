@@ -59,6 +59,9 @@ class Place:
 def place() -> Place:
     """Where this process is; called from another thread than the main one."""
     frames = sys._current_frames()
+    # With this function's own frame among them they would be a cycle: a step's tensors, and the workers that decode,
+    # would stay until the next garbage collection.
+    del frames[threading.get_ident()]
     main = list(_outwards(frames[threading.main_thread().ident or 0]))
     phase = next((phase for phase, *spot in _PHASES if any(_is_at(frame, *spot) for frame in main)), START)
     waits = any(map(_waits, frames.values()))

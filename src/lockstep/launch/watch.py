@@ -42,12 +42,12 @@ class Beat:
 
     rank: int
     host: str
-    step: int
-    phase: str
-    waits: bool
-    seconds: float
+    step: int = 0
+    phase: str = START
+    waits: bool = False
+    seconds: float = 0.0
     """Since it came to this phase of this step"""
-    stack: str
+    stack: str = ""
 
     @property
     def suspicion(self) -> int:
@@ -172,7 +172,7 @@ class Watch:
         missing = set(range(1, len(self._hosts))) if self._rank == 0 else {0}
         while missing and time.monotonic() < deadline:
             if self._rank:
-                self._send(self._first, {"beat": asdict(self._beat())})
+                self._send(self._first, {"beat": asdict(Beat(self._rank, self._host))})
             missing -= self._receive(_MEETING_SECONDS / 100)
             if self._rank == 0:
                 self._tell({"end": None})
