@@ -1,5 +1,6 @@
 """Weights from files: which file counts, and what does not fit."""
 
+import os
 import re
 from pathlib import Path
 
@@ -53,3 +54,16 @@ def test_weights_of_another_network_are_named_and_nothing_is_changed() -> None:
     assert torch.equal(model.weight, before)
     put_weights(model, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "here")
     assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "model.pth", "pytorch_model.bin"])
+def test_a_pickle_is_refused_with_what_to_do(name: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is a pickle, .*: save it as .safetensors"):
+        load_weights(tmp_path / name)
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(UserError, match="pipe.safetensors is not a file"):
+        load_weights(tmp_path / "pipe.safetensors")

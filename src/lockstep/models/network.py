@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from lockstep.data.images import Data
 from lockstep.errors import UserError
+from lockstep.files import path_of
 from lockstep.models.resnet import resnet_basic
 from lockstep.models.small import (
     cifar10_cnn,
@@ -92,7 +92,7 @@ def build_network(config: Config, data: Data, device: torch.device, *, resumes: 
     model_config = replace(config.model, pretrained=False) if resumes else config.model
     model = build_model(model_config, data.image_shape, data.num_classes)
     if config.model.checkpoint and not resumes:
-        put_weights(model, load_weights(Path(config.model.checkpoint)), config.model.checkpoint)
+        put_weights(model, load_weights(path_of(config.model.checkpoint)), config.model.checkpoint)
     if config.runtime.sync_batchnorm:
         model = convert_to_sync_batchnorm(model, device)
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)

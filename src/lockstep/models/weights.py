@@ -10,6 +10,8 @@ from lockstep.errors import UserError
 from lockstep.files import manifest_problem
 from lockstep.launch.sharding import local, part_of
 
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
 
 def load_weights(place: Path, *, verify: bool = True) -> dict[str, Tensor]:
     """Weights for evaluation from a .safetensors file or a checkpoint folder (its average, if it has one)."""
@@ -20,7 +22,9 @@ def load_weights(place: Path, *, verify: bool = True) -> dict[str, Tensor]:
         ema = place / "ema.safetensors"
         place = ema if ema.is_file() else place / "model.safetensors"
     if not place.is_file():
-        raise UserError(f"checkpoint {place} does not exist")
+        raise UserError(f"checkpoint {place} {'is not a file' if place.exists() else 'does not exist'}")
+    if place.suffix in _PICKLED:
+        raise UserError(f"checkpoint {place} is a pickle, which could run programs: save it as .safetensors")
     try:
         return load_file(place)
     except Exception as damage:  # safetensors has an exception type of its own, outside OSError and ValueError
