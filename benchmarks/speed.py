@@ -8,8 +8,8 @@ random crops and flips, batches of 256. Images per second of training, without t
 On a GPU train.py multiplies fp32 matrices in TF32, which the plain script does not.
 
 Measured with cifar10_cnn on a 2-core AMD EPYC (AVX512-BF16), train.py / plain script: with the one thread that the
-launcher gives by default 3.3 (fp32) and 2.9 (bf16), with two threads 2.2 and 2.5; those with two data workers, without
-workers 4.3, 3.8, 2.4 and 2.6.
+launcher gives by default and two data workers 3.7 (fp32) and 2.8 (bf16), without workers 4.0 and 3.6; with two threads
+2.4 and 2.6, without workers 2.2 and 2.6.
 """
 
 import argparse
