@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -395,6 +397,15 @@ def test_an_unreachable_wandb_server_is_a_quick_warning(wandb_home: None, monkey
     finding = ask_wandb("auto")
     assert finding.status == "warning" and "will be logged offline" in finding.text
     assert time.monotonic() - started < 20
+
+
+def test_a_process_of_wandb_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "WANDB_SECONDS", 0.2)
+    stubborn = tmp_path / "wandb-stubborn"
+    shutil.copy(str(shutil.which("sleep")), stubborn)
+    process = subprocess.Popen([str(stubborn), "60"])
+    doctor._end_wandb(process.wait)
+    assert process.wait(5) == -signal.SIGKILL
 
 
 class _WandbServer(BaseHTTPRequestHandler):

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -382,7 +383,19 @@ def check_wandb(parts: Parts) -> Finding | None:
         text = f"the server does not accept us ({first_line(problem)}): the run will be logged offline"
         return Finding("warning", f"{text}; look at the network, or run `wandb login` again")
     finally:
-        wandb.teardown()
+        _end_wandb(wandb.teardown)
+
+
+def _end_wandb(teardown: Callable[[], object]) -> None:
+    """End W&B's own process. Seen: one that did not end, for which W&B waits without limit."""
+    leaving = threading.Thread(target=teardown, daemon=True)
+    leaving.start()
+    leaving.join(WANDB_SECONDS)
+    if leaving.is_alive():
+        for child in psutil.Process().children():
+            if "wandb" in child.name():
+                child.kill()
+        leaving.join(WANDB_SECONDS)
 
 
 # ---- all together
