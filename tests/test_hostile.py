@@ -349,7 +349,12 @@ def write_photos(folder: Path, shade: int) -> None:
     ("shades", "rates", "message"),
     [
         ((9, 99), (0.1, 0.1), r"error: rank 1 \(.*\) has other data than rank 0: content "),
-        ((9, 9), (0.1, 0.2), r"error: rank 1 \(.*\) has other settings than rank 0: optim.lr 0.1 -> 0.2"),
+        pytest.param(
+            (9, 9),
+            (0.1, 0.2),
+            r"error: rank 1 \(.*\) has other settings than rank 0: optim.lr 0.1 -> 0.2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_that_are_not_of_one_training_are_refused(

@@ -89,7 +89,7 @@ def test_nothing_is_said_where_nothing_was_measured(others: tuple[float | None, 
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("settings", [(), ("--runtime.exact=false",)])
+@pytest.mark.parametrize("settings", [(), pytest.param(("--runtime.exact=false",), marks=pytest.mark.slow)])
 def test_the_log_names_the_slow_process(settings: tuple[str, ...], server: ForkServer, tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(SLOW)
