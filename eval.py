@@ -22,6 +22,7 @@ import torch
 from lockstep.augment.transform import build_transform
 from lockstep.data.images import build_data
 from lockstep.data.loader import EvaluationLoader
+from lockstep.data.sources.source import Identity
 from lockstep.evaluation.evaluate import evaluate
 from lockstep.launch.accelerator import build_accelerator, end_program
 from lockstep.models.network import build_model
@@ -35,10 +36,13 @@ from lockstep.settings.cli import Evaluation
 def evaluate_checkpoint(request: Evaluation) -> None:
     config = request.config
     accelerator, launch = build_accelerator(config.runtime)
-    data = build_data(config, request.folder, write=False)
-    launch.require_alike("data", data.identity)
-    if note := difference_of_data(request.folder, config, data.identity):
-        launch.say(note)
+
+    def accept(identity: Identity) -> None:
+        launch.require_alike("data", identity)
+        if note := difference_of_data(request.folder, config, identity):
+            launch.say(note)
+
+    data = build_data(config, request.folder, write=False, accept=accept)
     images = {"train": data.train, "val": data.val, "test": data.test}[request.split]
     if images is None:
         raise UserError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")

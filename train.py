@@ -37,7 +37,7 @@ from lockstep.report.summary import Diverged, changed_numerics, open_tracker
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
-from lockstep.settings.config import Config, settings_of_all
+from lockstep.settings.config import Config, common_settings
 from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
 from lockstep.training.gradients import Gradients
@@ -57,7 +57,7 @@ def train(config: Config) -> int:
     """
     check_names(config)
     accelerator, launch = build_accelerator(config.runtime)
-    launch.require_alike("settings", settings_of_all(config))
+    launch.require_alike("settings", common_settings(config))
     run = open_run(config, launch)
     if run.is_finished:
         launch.say(run.describe_result())

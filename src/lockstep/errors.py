@@ -50,9 +50,9 @@ def one_line_errors() -> Iterator[None]:
     """End the program with one line for a UserError, and for what a machine or a peer does to it.
 
     That is a disk that is full or cannot be written, a killed data worker, a process of the run that is gone. The exit
-    code is 2 for a mistake in the command line, else 1. Every other exception, also a plain ValueError, is a slip of
-    ours or of a library and keeps its traceback. Processes that fail alike should say so once: all but the first of a
-    machine give that one time to speak, and the launcher then ends them.
+    code is 2 for a mistake in the command line, 130 for Ctrl-C, else 1. Every other exception, also a plain ValueError,
+    is a slip of ours or of a library and keeps its traceback. Processes that fail alike should say so once: all but the
+    first of a machine give that one time to speak, and the launcher then ends them.
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):  # a name of the user's, where a terminal has another encoding

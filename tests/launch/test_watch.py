@@ -131,6 +131,22 @@ def test_beats_reach_the_first_process_and_its_word_reaches_all(pair: list[Watch
     assert other._ended.is_set()
 
 
+def test_a_beat_that_comes_after_the_word_that_it_leaves_counts_no_more(pair: list[Watch]) -> None:
+    first, other = pair
+    other.leave()
+    other._send(other._first, {"beat": vars(Beat(1, "node1"))})
+    first._receive(1)
+    assert not first._heard
+
+
+def test_a_watch_that_fails_is_no_silence(pair: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = pair
+    monkeypatch.setattr(other, "_beat", lambda: 1 / 0)
+    other._live()
+    first._receive(1)
+    assert not first._heard, "nobody waits for its beats"
+
+
 def test_datagrams_of_strangers_are_ignored(pair: list[Watch]) -> None:
     first, other = pair
     stranger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -37,7 +37,7 @@ from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
 from lockstep.run.checkpoint import saved_steps
 from lockstep.run.folder import Run, open_run
-from lockstep.settings.cli import parse_config
+from lockstep.settings.cli import parse_config, run_dir_of
 from lockstep.settings.config import Config
 from lockstep.training.learner import Learner, build_learner, check_names
 
@@ -317,7 +317,7 @@ def check_disk(parts: Parts) -> Finding | None:
     if not parts.is_main:
         return None
     config = parts.config
-    checkpoints = path_of(config.run.root) / str(config.run.name) / "checkpoints"
+    checkpoints = run_dir_of(config) / "checkpoints"
     place = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:

@@ -14,13 +14,13 @@ from lockstep.data.images import Data, build_data
 from lockstep.files import path_of
 from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
-from lockstep.settings.cli import parse_config
+from lockstep.settings.cli import parse_config, run_dir_of
 from lockstep.settings.config import Config
 
 
 def prepare(config: Config) -> list[str]:
     """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach."""
-    data = build_data(config, path_of(config.run.root) / str(config.run.name), write=False)
+    data = build_data(config, run_dir_of(config), write=False)
     lines = [_describe(data, config), *_places(data, config)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")

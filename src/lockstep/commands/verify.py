@@ -93,10 +93,18 @@ def _numerics_of_stretch(run: Path, first: int, last: int) -> list[str]:
     ]
 
 
-def prepare(plan: Plan) -> None:
-    """Make the folder as the run was at its checkpoint; raises UserError if there is one that is not verify's."""
+def _take(plan: Plan) -> Lease:
+    """The right to make the folder; raises UserError if somebody has it, or if there is one that is not verify's."""
     if plan.folder.exists() and read_summary(plan.folder).get("verifies") != str(plan.run):
         raise UserError(f"{plan.folder} exists: verify would make and remove it; rename it")
+    lease = Lease(plan.folder.with_name(f".{plan.folder.name}.lease.json"))
+    if (owner := lease.take()) is not None:
+        raise UserError(f"{plan.run} is being verified up to step {plan.last} by {owner}")
+    return lease
+
+
+def prepare(plan: Plan) -> None:
+    """Make the folder as the run was at its checkpoint."""
     shutil.rmtree(plan.folder, ignore_errors=True)
     checkpoints = plan.folder / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -142,12 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.run if options.run.name not in ("", "..") else options.run.resolve()
     plan = plan_of(run, options.step)
     is_main = os.environ.get("RANK", "0") == "0"
-    lease = Lease(plan.folder.with_name(f".{plan.folder.name}.lease.json"))
-    if is_main:
-        if (owner := lease.take()) is not None:
-            raise UserError(f"{plan.run} is being verified up to step {plan.last} by {owner}")
-        prepare(plan)
+    lease = _take(plan) if is_main else None
     try:
+        if is_main:
+            prepare(plan)
         _train(plan.arguments)
         if is_main:
             equal, line = verdict_of(plan)
@@ -155,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if equal else 1
         return 0
     finally:
-        if is_main:
+        if lease is not None:
             shutil.rmtree(plan.folder, ignore_errors=True)
             lease.release()
 

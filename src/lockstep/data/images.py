@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
 from lockstep.data.sources.kinds import Source, Split, open_source
-from lockstep.data.sources.source import spread
+from lockstep.data.sources.source import Identity, spread
 from lockstep.data.split import load_or_draw_split
 from lockstep.errors import UserError
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
@@ -101,7 +101,7 @@ class Data:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    identity: "Identity"
+    identity: Identity
     """The source's"""
 
 
@@ -112,9 +112,6 @@ class _Geometry:
     shape: tuple[int, int, int]  # H, W, C
     resize_size: int | None
     shrinks: bool
-
-
-Identity = dict[str, int | str]
 
 
 def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[Identity], None] | None = None) -> Data:

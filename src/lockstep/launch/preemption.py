@@ -67,8 +67,10 @@ class Preemption:
     def at_once(self) -> Iterator[None]:
         """Within it a signal ends the main process at once: it decodes for long, and there is nothing to save yet."""
         self._ends_at_once = self._launch.is_main
-        yield
-        self._ends_at_once = False
+        try:
+            yield
+        finally:
+            self._ends_at_once = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

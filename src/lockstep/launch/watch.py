@@ -159,6 +159,7 @@ class Watch:
         self._patience = _Patience(stuck_seconds, _logger.warning if speaks else lambda line: None)
         self._speaks = speaks
         self._heard: dict[int, tuple[float, Beat]] = {}
+        self._left: set[int] = set()
         self._addresses: dict[int, Any] = {}
         self._verdict_heard = 0.0
         self._place: tuple[int, str, bool] | None = None
@@ -194,6 +195,13 @@ class Watch:
                 self._tell({"left": True})
 
     def _live(self) -> None:
+        try:
+            self._watch()
+        except Exception:  # a slip of this thread's: its silence must not end a training that is sound
+            _logger.exception("the watch failed; this process is not watched any longer")
+            self.leave()
+
+    def _watch(self) -> None:
         due = time.monotonic()
         while not self._ended.is_set():
             self._receive(due - time.monotonic())
@@ -252,9 +260,12 @@ class Watch:
         """Note a message; returns whose it is."""
         if "beat" in message:
             beat = Beat(**message["beat"])
+            if beat.rank in self._left:  # one that overtook the word that it leaves
+                return beat.rank
             self._heard[beat.rank], self._addresses[beat.rank] = (time.monotonic(), beat), address
             return beat.rank
         if self._rank == 0:
+            self._left.add(message["left"])
             self._heard.pop(message["left"], None)
             return int(message["left"])
         self._verdict_heard = time.monotonic()

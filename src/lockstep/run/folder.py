@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.data.sources.source import Identity
 from lockstep.errors import UserError
-from lockstep.files import path_of, read_json, remove_unfinished, replace_file, write_json
+from lockstep.files import read_json, remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.lease import Lease
+from lockstep.settings.cli import run_dir_of
 from lockstep.settings.config import Config, changed_settings
 from lockstep.settings.yaml import config_to_yaml, load_config
 
@@ -65,7 +67,7 @@ class Run:
             "folder, or choose another --run.name or --run.seed"
         )
 
-    def require_same_data(self, identity: dict[str, int | str], launch: Launch) -> None:
+    def require_same_data(self, identity: Identity, launch: Launch) -> None:
         """Raise UserError, on every process alike, with what has changed, if one has other data than the rest.
 
         Or if the run was begun with others: its order would move.
@@ -134,7 +136,7 @@ class Run:
         write_json(self.path / "summary.json", {**read_summary(self.path), **values})
 
 
-def difference_of_data(path: Path, config: Config, identity: dict[str, int | str]) -> str | None:
+def difference_of_data(path: Path, config: Config, identity: Identity) -> str | None:
     """A line if the classes of these data are not those that the run in `path` was trained on.
 
     Raises UserError if the run's own source has changed. None too for a folder without a summary.
@@ -153,7 +155,7 @@ def difference_of_data(path: Path, config: Config, identity: dict[str, int | str
     return f"note: {config.data.source} has other class names than the data of {path}: outputs are taken in their order"
 
 
-def _changes(before: Any, identity: dict[str, int | str]) -> str | None:
+def _changes(before: Any, identity: Identity) -> str | None:
     if not isinstance(before, dict) or before == identity:
         return None
     differing = [key for key, value in identity.items() if value != before.get(key)]
@@ -175,7 +177,7 @@ def open_run(config: Config, launch: Launch) -> Run:
 
 def _look(config: Config) -> Run:
     assert config.run.name is not None
-    path = path_of(config.run.root) / str(config.run.name)
+    path = run_dir_of(config)
     exists = (path / "config.yaml").is_file()
     if config.run.resume == "must" and not exists:
         raise UserError(f"--run.resume=must, but there is no run in {path}")

@@ -142,8 +142,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     except UserError as mistake:
         raise UsageError(str(mistake)) from mistake
     if namespace.print_config or namespace.print_run_dir:
-        folder = path_of(config.run.root) / str(config.run.name)
-        print_line(config_to_yaml(config) if namespace.print_config else str(folder))
+        print_line(config_to_yaml(config) if namespace.print_config else str(run_dir_of(config)))
         raise SystemExit(0)
     return config
 
@@ -159,6 +158,11 @@ def _with_name(config: Config, recipe: Path) -> Config:
     if config.run.name is not None:
         return config
     return replace(config, run=replace(config.run, name=f"{recipe.stem}-{settings_digest(config)}"))
+
+
+def run_dir_of(config: Config) -> Path:
+    """The run folder that settings name."""
+    return path_of(config.run.root) / str(config.run.name)
 
 
 @dataclass(frozen=True)

@@ -503,22 +503,23 @@ _SHAPELESS = {
 
 def shaping_settings(config: Config) -> dict[str, Any]:
     """Flat `section.key -> value` of the settings that shape the result; a run folder belongs to one such set."""
+    return _flat(config, _SHAPELESS)
+
+
+_PLACES = {"run": {"root"}, "data": {"root", "cache_dir"}}
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    """The same of those that must be alike on all processes: all but for places on disks."""
+    return _flat(config, _PLACES)
+
+
+def _flat(config: Config, left_out: dict[str, set[str]]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, values in asdict(config).items()
         for key, value in values.items()
-        if key not in _SHAPELESS.get(section, ())
-    }
-
-
-def settings_of_all(config: Config) -> dict[str, Any]:
-    """Flat `section.key -> value` of the settings that must be alike on all processes: all but for places on disks."""
-    places = {"root", "cache_dir"}
-    return {
-        f"{section}.{key}": value
-        for section, values in asdict(config).items()
-        for key, value in values.items()
-        if key not in places
+        if key not in left_out.get(section, ())
     }
 
 

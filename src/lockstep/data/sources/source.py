@@ -14,6 +14,10 @@ VAL_NAMES = ("validation", "valid", "val", "dev")
 """What others call a validation split"""
 
 
+Identity = dict[str, int | str]
+"""What a run needs to know its data again by"""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Labelled images that are read one by one; can be pickled for workers.
@@ -50,7 +54,7 @@ class Source:
     content: str = ""
 
     @property
-    def identity(self) -> dict[str, int | str]:
+    def identity(self) -> Identity:
         """What a run needs to know its data again by: digests of content and class names, and numbers."""
         counts = {name: len(split) for name, split in self.splits.items()}
         names = digest_of(*(os.fsencode(name) for name in self.classes))
