@@ -198,6 +198,18 @@ def test_truncated_image_can_be_skipped(tmp_path: Path, train_here: Any) -> None
     assert json.loads((run / "summary.json").read_text())["skipped_images"] == 3
 
 
+def test_images_that_a_streamed_run_skips_are_in_its_lines_and_its_summary(tmp_path: Path, train_here: Any) -> None:
+    folder = tmp_path / "pets"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (image_folder(folder / split, (name,)) / name / "0.png").write_bytes(b"not an image")
+    stream = ("--data.memory_budget=0", "--augment.mean=[0.5]", "--augment.std=[0.5]", "--data.val_fraction=0")
+    run = train_here(*SMALL, f"--data.source=folder:{folder}", "--data.on_error=skip", "--log.every_steps=1", *stream)
+    lines = [line.get("skipped_images", 0) for line in read_lines(run)]
+    assert sum(lines[:-1]) == 2 and lines[-1] == 2, "of training, and of the test"
+    assert json.loads((run / "summary.json").read_text())["skipped_images"] == 4
+
+
 def test_balanced_sampling_with_skipped_images_is_the_same_cached_and_streamed(
     tmp_path: Path, train_here: Any, fresh_accelerate: None
 ) -> None:
