@@ -76,7 +76,7 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     images, titles = shown["mistakes"]
     wrong = metrics.predicted != metrics.labels
     worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
-    assert titles == [f"{metrics.labels[i]}, taken for {metrics.predicted[i]}" for i in worst]
+    assert titles == [f"{metrics.labels[i]},\ntaken for {metrics.predicted[i]}" for i in worst]
     for image, i in zip(images, worst, strict=True):
         assert np.array_equal(image, data.test.images[data.test.rows[int(i)]])
     images, titles = shown["samples"]

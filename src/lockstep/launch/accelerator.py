@@ -137,9 +137,10 @@ class Launch:
         shares = f"{self.num_processes} (processes) x {each} (accumulation)"
         if microbatches % self.num_processes:
             shares = f"{microbatches} (microbatches), at most {each} on one of {self.num_processes} processes"
+        threads = torch.get_num_threads()
         return (
             f"{self.device.type}, {self.precision_name}, {processes}, "
-            f"{torch.get_num_threads()} CPU threads each; a step is {batch_size} samples = "
+            f"{threads} CPU thread{'s' * (threads > 1)} each; a step is {batch_size} samples = "
             f"{micro_batch_size} (microbatch) x {shares}"
         )
 

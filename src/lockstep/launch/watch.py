@@ -77,8 +77,8 @@ def judge(beats: Sequence[Beat], silent: dict[int, float]) -> Stall | None:
     """
     gone = [beat for beat in beats if beat.rank in silent]
     if gone:
-        longest = max(silent.values())
-        line = f"no sign of life for {longest:.0f} s from {_listed(gone)}: machine, network or process stand still"
+        who = f"{max(silent.values()):.0f} s from {_listed(gone)}, by its last word"
+        line = f"no sign of life for {who}: machine, network or process stand still"
         return Stall(_places(gone), line)
     patience = max((beat.seconds for beat in beats if beat.suspicion < 2), default=0)
     first = min((beat.step, -beat.suspicion) for beat in beats)

@@ -76,7 +76,7 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
 def plot_samples(
     images: "np.ndarray", titles: Sequence[str], path: Path, *, wrong: Sequence[bool] | None = None
 ) -> "Figure":
-    """Grid of the first 25 images with a title each; where `wrong` is true, title and frame are red.
+    """Grid of the first 25 images with a title of a line or more each; where `wrong` is true, title and frame are red.
 
     images: uint8 (N, H, W, C), C = 1 or 3, N >= 1. Raises ValueError if there is no image or lengths differ.
     """
@@ -87,13 +87,14 @@ def plot_samples(
     if not len(images) == len(titles) == len(marks):
         raise ValueError(f"{len(images)} images need as many titles and marks, not {len(titles)} and {len(marks)}")
     columns = math.ceil(math.sqrt(number))
-    figure = _new_figure(columns * 1.7, math.ceil(number / columns) * 1.95)
+    lines = 1 + max(title.count("\n") for title in titles[:number])
+    figure = _new_figure(columns * 1.7, math.ceil(number / columns) * (1.8 + 0.15 * lines))
     grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False).flat
     for index, axes in enumerate(grid):
         _draw_image(axes, images[index] if index < number else None)
         if index < number:
             color = _WRONG if marks[index] else _INK
-            axes.set_title(_shorten(titles[index], 24), fontsize=10, color=color, pad=4)
+            axes.set_title(_lines(titles[index]), fontsize=10, color=color, pad=4)
             if marks[index]:
                 axes.spines[:].set(visible=True, color=_WRONG, linewidth=2)
     return _save(figure, path)
@@ -223,6 +224,10 @@ def _draw_image(axes: "Axes", image: "np.ndarray | None") -> None:
     assert image.ndim == 3 and image.shape[2] in (1, 3), image.shape
     shown = image[:, :, 0] if image.shape[2] == 1 else image
     axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def _lines(title: str) -> str:
+    return "\n".join(_shorten(line, 24) for line in title.split("\n"))
 
 
 def _shorten(text: str, most: int) -> str:

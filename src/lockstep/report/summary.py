@@ -168,7 +168,7 @@ def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Pa
     if not len(worst):
         del paths["mistakes"]
         return paths
-    titles = [f"{names[predictions.labels[i]]}, taken for {names[predictions.predicted[i]]}" for i in worst]
+    titles = [f"{names[predictions.labels[i]]},\ntaken for {names[predictions.predicted[i]]}" for i in worst]
     plot_samples(pixels(data.test, predictions.samples[worst]), titles, paths["mistakes"])
     return paths
 
