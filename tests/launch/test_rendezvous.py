@@ -10,11 +10,18 @@ from programs import finish, free_port, start
 
 pytestmark = pytest.mark.launch
 MEET = """
+import os
 import sys
 from lockstep.errors import UserError
 from lockstep.launch.rendezvous import meet
 try:
-    print(meet(int(sys.argv[1])) is not None)
+    store = meet(int(sys.argv[1]))
+    print(store is not None)
+    # Rank 0 holds the store: it stays until every other rank has its answer.
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"met/{rank}", "")
+    if rank == 0:
+        store.wait([f"met/{other}" for other in range(processes)])
 except UserError as absence:
     print(absence)
 """

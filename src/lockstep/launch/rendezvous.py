@@ -39,7 +39,7 @@ def meet(wait_seconds: int) -> Any:
     store.set(f"{place}/{rank}", platform.node())
     try:
         store.wait([f"{place}/{other}" for other in range(processes)], wait)
-    except distributed.DistStoreError as failure:
+    except (distributed.DistNetworkError, distributed.DistStoreError) as failure:
         raise UserError(_describe_absence(store, place, processes, wait_seconds)) from failure
     return store
 
@@ -50,7 +50,7 @@ def _describe_absence(store: Any, place: str, processes: int, wait_seconds: int)
         there = [rank for rank in range(processes) if store.check([f"{place}/{rank}"])]
         hosts = dict.fromkeys(store.get(f"{place}/{rank}").decode() for rank in there)
     except (distributed.DistNetworkError, distributed.DistStoreError, RuntimeError):
-        return f"rank 0, which all others meet at, is gone; they had waited {wait_seconds} s for one another"
+        return f"rank 0, which all others meet at, went away while they waited (up to {wait_seconds} s) for one another"
     absent = [rank for rank in range(processes) if rank not in there]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     nodes = dict.fromkeys(rank // local for rank in absent)
