@@ -136,7 +136,8 @@ def fit(t: Training) -> int:
         step = progress.step
         lr = set_lr(learner.optimizer, t.schedule.lr_at(step, progress.validations))
         for number in t.loader.numbers:
-            images, targets = learner.transform.train_batch(*next(batches), (config.run.seed, step, number))
+            batch = t.stopwatch.next_of(batches)
+            images, targets = learner.transform.train_batch(*batch, (config.run.seed, step, number))
             seed_microbatch(config.run.seed, step, number)
             with t.gradients.microbatch(number):  # which adds them up, and with the last one over all processes
                 logits = learner.network(images)

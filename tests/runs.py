@@ -34,7 +34,10 @@ def differences(run: Path, reference: Path) -> list[str]:
     return found if summaries[0] == summaries[1] else [*found, f"summary.json: {summaries[0]}"]
 
 
-TIMES = {"images_per_second", "train_seconds", "wall_seconds", "restarts", "finished", "straggler", "straggler_rank"}
+TIMES = {
+    "images_per_second", "data_share", "train_seconds", "wall_seconds", "restarts", "finished", "straggler",
+    "straggler_rank",
+}  # fmt: skip
 
 
 def _timeless(values: dict[str, Any]) -> dict[str, Any]:

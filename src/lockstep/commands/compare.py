@@ -20,7 +20,7 @@ from lockstep.run.history import read_history, read_starts
 from lockstep.settings.config import changed_settings
 from lockstep.settings.yaml import load_config
 
-_SPEEDS = {"images_per_second", "straggler", "straggler_rank"}
+_SPEEDS = {"images_per_second", "data_share", "straggler", "straggler_rank"}
 _WEIGHTS = ("checkpoints", "model.safetensors")
 
 

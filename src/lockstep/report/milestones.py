@@ -57,9 +57,9 @@ def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
     """A line of the log. The host waits for the device here, and nowhere else in a step."""
     weights = digest(t.learner.model, t.learner.average)  # queued on the device before anybody waits for it
     t.meter.read(t.progress)
-    steps_per_second = t.stopwatch.lap()
+    lap = t.stopwatch.lap()
     text = as_text(require_same_weights(t, int(weights)))
-    record = train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, steps_per_second)
+    record = train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, lap)
     t.tracker.log(record | t.gradients.pace.read(t.launch))
     t.meter.start_window()
     if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:

@@ -6,10 +6,11 @@ from lockstep.evaluation.metrics import Predictions
 from lockstep.training.calendar import Calendar
 from lockstep.training.meter import means
 from lockstep.training.progress import Progress
+from lockstep.training.stopwatch import Lap
 
 
 def train_record(
-    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, digest: str, steps_per_second: float
+    progress: Progress, calendar: Calendar, lr: float, grad_norm: float, digest: str, lap: Lap
 ) -> dict[str, Any]:
     """A training line: means since the line before, without bad steps; their number if there were any.
 
@@ -24,7 +25,8 @@ def train_record(
         "lr": lr,
         "grad_norm": grad_norm,
         "digest": digest,
-        "images_per_second": steps_per_second * calendar.batch_size,
+        "images_per_second": lap.steps_per_second * calendar.batch_size,
+        "data_share": lap.data_share,
     }
 
 
