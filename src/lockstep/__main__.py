@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "fetch data and weights for machines without internet",
     "sweep": "list the tasks of a sweep file, or train one of them",
     "compare": "up to which step two runs are equal, and how far their weights are apart",
+    "diagnose": "what is wrong with a run, if anything, and one thing to try",
     "verify": "recompute a part of a run and compare it bit by bit",
 }
 """Each is a module in `commands/` with a `main(arguments)` that returns the exit code"""

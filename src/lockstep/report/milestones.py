@@ -1,5 +1,6 @@
 """What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
 
+import logging
 import math
 import platform
 from collections import Counter
@@ -10,10 +11,11 @@ from torch import Tensor
 from lockstep.data.images import Data
 from lockstep.data.loader import TrainLoader
 from lockstep.errors import UserError
+from lockstep.evaluation.probe import Probe, probe
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import Preemption
 from lockstep.lease import Lease
-from lockstep.report.summary import report_divergence, report_pause, report_training
+from lockstep.report.summary import report_divergence, report_findings, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.digest import as_text, digest
 from lockstep.run.folder import LostFolder, Run
@@ -28,6 +30,8 @@ from lockstep.training.progress import Progress
 from lockstep.training.records import test_record, train_record, val_record
 from lockstep.training.schedule import Schedule
 from lockstep.training.stopwatch import Stopwatch
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +132,7 @@ def finish(t: Training) -> int:
     if t.meter.read(t.progress).bad_steps.total == t.progress.step:  # fewer than max_bad_steps, but all there were
         t.checkpointer.wait()
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
+    seen = look(t)
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
     t.stopwatch.read()
@@ -136,5 +141,17 @@ def finish(t: Training) -> int:
     if not math.isfinite(predictions.loss):  # of weights that are finite, and useless
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     t.tracker.log(test_record(t.progress, t.calendar, predictions))
+    report_findings(t.run, t.tracker, t.data.num_classes, seen, predictions)
     report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
     return 0
+
+
+def look(t: Training) -> Probe | None:
+    """Into the network as training left it; on the main process alone."""
+    if not t.launch.is_main:
+        return None
+    try:
+        return probe(t.run.config, t.data, t.learner.model, t.loader.sampler.micro_batch_size)
+    except Exception as problem:  # whatever it is: no diagnosis is worth a finished training
+        _logger.warning("%s could not be looked into: %r", t.run.path, problem)
+        return None

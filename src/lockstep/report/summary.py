@@ -12,10 +12,12 @@ from lockstep.data.images import SKIPPED_LABEL, Data
 from lockstep.data.sampler import Sampler
 from lockstep.errors import UserError
 from lockstep.evaluation.metrics import Predictions
+from lockstep.evaluation.probe import Probe
 from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
+from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
 from lockstep.report.predictions import class_names, pixels
 from lockstep.run.environment import describe_environment
@@ -143,6 +145,22 @@ def report_training(
         f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
     )
     tracker.finish(summary)
+
+
+def report_findings(run: Run, tracker: Tracker, classes: int, seen: Probe | None, predictions: Predictions) -> None:
+    """Say what is wrong with the training, if anything, with what to try."""
+    if not tracker.is_main:
+        return
+    evidence = Evidence(run.config, classes, read_history(run.path), seen, doubt_of(predictions, "test"))
+    try:
+        findings = write_diagnosis(run.path, evidence)
+    except Exception as problem:  # whatever it is: no diagnosis is worth a finished training
+        _logger.warning("%s could not be diagnosed: %r", run.path, problem)
+        return
+    for finding in findings:
+        tracker.say(f"diagnosis: {finding}")
+    if findings:
+        tracker.text("diagnosis", "\n\n".join(map(str, findings)))
 
 
 def _skipped_images(run: Run, data: Data) -> int:

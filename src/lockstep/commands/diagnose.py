@@ -1,0 +1,61 @@
+"""What is wrong with a run, if anything: `lockstep diagnose RUN`.
+
+Of a finished run, by what it left (diagnosis.json); of any other, by its curves and its newest checkpoint, into which a
+few training images are passed. Each finding comes with its evidence and one thing to try.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lockstep.data.images import Data, build_data
+from lockstep.errors import UserError
+from lockstep.evaluation.probe import Probe, probe
+from lockstep.models.network import build_model
+from lockstep.models.weights import load_weights, put_weights
+from lockstep.report.diagnosis import Evidence, diagnose, read_evidence
+from lockstep.run.checkpoint import find_newest
+from lockstep.run.folder import read_summary
+from lockstep.run.history import read_history
+from lockstep.settings.config import Config
+from lockstep.settings.yaml import load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the findings, or that there are none."""
+    parser = argparse.ArgumentParser(prog="lockstep diagnose", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    run = parser.parse_args(arguments).run
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"there is no run in {run}")
+    config = load_config(run / "config.yaml")
+    evidence = read_evidence(run, config) or _look(run, config)
+    if not evidence.epochs:
+        print(f"{run}: nothing to judge by yet: no epoch is over")
+        return 0
+    for finding in (findings := diagnose(evidence)):
+        print(finding)
+    if not findings:
+        print(f"{run}: nothing to complain about after {evidence.epochs[-1].number} epochs")
+    return 0
+
+
+def _look(run: Path, config: Config) -> Evidence:
+    """The evidence of a run that has left none."""
+    data = build_data(config, run, write=False)
+    return Evidence(config, data.num_classes, read_history(run), _probe(run, config, data))
+
+
+def _probe(run: Path, config: Config, data: Data) -> Probe | None:
+    """Into the weights of the newest checkpoint, if there is one."""
+    checkpoint = find_newest(run / "checkpoints")
+    if checkpoint is None:
+        return None
+    model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
+    put_weights(model, load_weights(checkpoint / "model.safetensors"), str(checkpoint))
+    model = model.to(getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
+    micro_batch_size = read_summary(run).get("micro_batch_size")
+    return probe(config, data, model, micro_batch_size if isinstance(micro_batch_size, int) else 64)

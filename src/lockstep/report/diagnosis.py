@@ -1,0 +1,363 @@
+"""What is wrong with a run, if anything: each finding with its evidence and one thing to try.
+
+The rules look at the records of metrics.jsonl, at a probe of the network as training left it, and at what it made of
+the test set. A rule is one function of the evidence and one entry in CAUSES, SYMPTOMS or OTHERS. Thresholds leave
+sound runs in peace: losses are measured against that of guessing, ln(classes).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lockstep.evaluation.probe import Probe
+from lockstep.files import read_json, write_json
+from lockstep.run.history import read_history
+from lockstep.settings.config import Config
+
+if TYPE_CHECKING:
+    from lockstep.evaluation.metrics import Predictions
+
+DIAGNOSIS = "diagnosis.json"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong."""
+
+    sign: str
+    evidence: str
+    """What shows it: which curve, from which epoch"""
+    advice: str
+    """One thing to try, as an argument of train.py"""
+
+    def __str__(self) -> str:
+        return f"{self.sign}: {self.evidence}; try {self.advice}"
+
+
+class Doubt(NamedTuple):
+    """Samples of a set whose label the network contradicts as surely as it agrees with half of the others.
+
+    Of a sound set hardly any mistake is: CIFAR-10 4 %, digits 0 to 10 %; of digits with every fifth label drawn 42 %.
+    """
+
+    samples: int
+    mistakes: int
+    of: int
+    split: str
+
+
+def doubt_of(predictions: "Predictions", split: str) -> Doubt:
+    """The doubt that is left about the labels of a set."""
+    right = predictions.predicted == predictions.labels
+    usual = sorted(predictions.confidences[right])[int(right.sum()) // 2] if right.any() else math.inf
+    sure = predictions.confidences[~right] >= usual
+    return Doubt(int(sure.sum()), len(sure), len(right), split)
+
+
+class Epoch(NamedTuple):
+    """Means of training up to a validation, and the validation; without one, means of an epoch's log lines."""
+
+    number: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float = math.nan
+    val_accuracy: float = math.nan
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules look at."""
+
+    config: Config
+    classes: int
+    history: Sequence[dict[str, Any]]
+    """The records of `read_history`"""
+    probe: Probe | None = None
+    doubt: Doubt | None = None
+    lines: list[dict[str, Any]] = field(init=False)
+    """Those of training"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lines", [line for line in self.history if line.get("split") == "train"])
+
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """By validation, or by the epochs of the lines where there is none."""
+        validations = [line for line in self.history if line.get("split") == "val" and "train_loss" in line]
+        if validations:
+            keys = ("epoch", "train_loss", "train_accuracy", "loss", "accuracy")
+            return [Epoch(*(line[key] for key in keys)) for line in validations]
+        numbers = dict.fromkeys(line["epoch"] for line in self.lines)
+        return [Epoch(number, self._mean(number, "loss"), self._mean(number, "accuracy")) for number in numbers]
+
+    def _mean(self, epoch: int, key: str) -> float:
+        values = [line[key] for line in self.lines if line["epoch"] == epoch]
+        return sum(values) / len(values)
+
+    @property
+    def guessing(self) -> float:
+        """Cross-entropy of one who guesses."""
+        return math.log(self.classes)
+
+    @property
+    def learns_little(self) -> bool:
+        """Whether the training loss ended nearer to guessing than to none."""
+        return not self.left_to_learn < 0.5
+
+    @property
+    def left_to_learn(self) -> float:
+        """The last training loss between the lowest that label smoothing leaves, 0, and that of guessing, 1."""
+        smoothed = self.config.train.label_smoothing / self.classes
+        true = 1 - self.config.train.label_smoothing + smoothed
+        lowest = -true * math.log(true) - (self.classes - 1) * (smoothed * math.log(smoothed) if smoothed else 0)
+        return (self.epochs[-1].train_loss - lowest) / (self.guessing - lowest)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training accuracy says little, because labels are mixed."""
+        return bool(self.config.augment.mixup or self.config.augment.cutmix)
+
+    @property
+    def course(self) -> str:
+        """Of the training loss, in words."""
+        first, last = self.epochs[0], self.epochs[-1]
+        return (
+            f"train/loss goes from {first.train_loss:.3g} in epoch {first.number} to {last.train_loss:.3g} in epoch "
+            f"{last.number} (guessing: {self.guessing:.2f})"
+        )
+
+    def scaled_lr(self, factor: float) -> str:
+        return f"--optim.lr={self.config.optim.lr * factor:.3g}"
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """All findings, causes first; empty when all is well, or when there is no epoch to judge by."""
+    if not evidence.epochs:
+        return []
+    causes = _found(CAUSES, evidence)
+    return causes + ([] if causes else _found(SYMPTOMS, evidence)[:1]) + _found(OTHERS, evidence)
+
+
+def write_diagnosis(run_dir: Path, evidence: Evidence) -> list[Finding]:
+    """Diagnose, and leave the findings and what cannot be read off the history in `diagnosis.json`."""
+    findings = diagnose(evidence)
+    kept = {
+        "findings": [finding._asdict() for finding in findings],
+        "classes": evidence.classes,
+        "probe": asdict(evidence.probe) if evidence.probe else None,
+        "doubt": evidence.doubt._asdict() if evidence.doubt else None,
+    }
+    write_json(run_dir / DIAGNOSIS, kept)
+    return findings
+
+
+def read_evidence(run_dir: Path, config: Config) -> Evidence | None:
+    """What a finished run was diagnosed by; None if there is no such file, or none that can be read."""
+    try:
+        kept = read_json(run_dir / DIAGNOSIS)
+        probe = Probe(**kept["probe"]) if kept["probe"] else None
+        doubt = Doubt(**kept["doubt"]) if kept["doubt"] else None
+        return Evidence(config, int(kept["classes"]), read_history(run_dir), probe, doubt)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _found(rules: Sequence["Rule"], evidence: Evidence) -> list[Finding]:
+    return [finding for rule in rules if (finding := rule(evidence))]
+
+
+Rule = Callable[[Evidence], Finding | None]
+
+
+def _exploding_gradients(e: Evidence) -> Finding | None:
+    bad = [line for line in e.lines if line.get("bad_steps")]
+    norms = [line["grad_norm"] for line in e.lines if math.isfinite(line["grad_norm"])]
+    advice = "--optim.clip_norm=1" if e.config.optim.clip_norm is None else e.scaled_lr(0.1)
+    if bad:
+        count = sum(line["bad_steps"] for line in bad)
+        where = f"{count} steps without a finite loss or gradient, from epoch {bad[0]['epoch']} on (train/bad_steps)"
+        return Finding("exploding gradients", where, advice)
+    if norms and max(norms) > 1000 * max(median(norms), 1.0):
+        epoch = next(line["epoch"] for line in e.lines if line["grad_norm"] == max(norms))
+        where = (
+            f"train/grad_norm is {max(norms):.3g} in epoch {epoch}, {max(norms) / median(norms):.0f} times its median"
+        )
+        return Finding("exploding gradients", where, advice)
+    return None
+
+
+def _vanishing_gradients(e: Evidence) -> Finding | None:
+    if e.probe is None or len(e.probe.gradients) < 2 or not e.learns_little:
+        return None
+    (first, low), *_, (last, high) = e.probe.gradients.items()
+    if low >= 1e-3 * high or _silent_layer(e):  # what passes no dead layer has not vanished
+        return None
+    where = f"the gradient of {first} is {low / high if high else 0:.1g} times that of {last}, and {e.course}"
+    has_norm = "batch_norm" in e.config.model.__dict__ and not e.config.model.batch_norm
+    return Finding(
+        "vanishing gradients", where, "--model.batch_norm=true" if has_norm else "--model.init=kaiming_normal"
+    )
+
+
+def _silent_layer(e: Evidence) -> str | None:
+    """The ReLU of most silent channels, if nearly all of its are."""
+    worst = max(e.probe.silent, key=e.probe.silent.__getitem__, default=None) if e.probe else None
+    return worst if worst is not None and e.probe and e.probe.silent[worst] >= 0.9 else None
+
+
+def _dead_relus(e: Evidence) -> Finding | None:
+    layer = _silent_layer(e)
+    if layer is None or e.probe is None or not e.learns_little:
+        return None
+    share = (
+        f"{e.probe.silent[layer]:.0%} of the channels behind {layer} (ReLU) are zero for all of {e.probe.images} images"
+    )
+    return Finding("dead ReLUs", f"{share}, and {e.course}", e.scaled_lr(0.1))
+
+
+def _rate_too_high(e: Evidence) -> Finding | None:
+    if e.probe and e.probe.moved is not None and e.probe.moved < 0.5:
+        return None
+    losses = [epoch.train_loss for epoch in e.epochs]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    above = next((epoch for epoch in e.epochs[1:] if epoch.train_loss > 1.25 * e.guessing), None)
+    if above:
+        where = (
+            f"train/loss is {above.train_loss:.3g} in epoch {above.number}, above {e.guessing:.2f}, that of guessing"
+        )
+    elif (
+        losses[-1] > (1.15 if e.learns_little else 1.5) * losses[best] and losses[-1] - losses[best] > 0.1 * e.guessing
+    ):
+        where = (
+            f"train/loss rises from {losses[best]:.3g} in epoch {e.epochs[best].number} to {losses[-1]:.3g} at the end"
+        )
+    elif e.learns_little and losses[0] > 2 * e.guessing:
+        where = f"train/loss is {losses[0]:.3g} in epoch {e.epochs[0].number}, above {e.guessing:.2f}, that of guessing"
+    else:
+        return None
+    return Finding("learning rate too high", where, e.scaled_lr(0.1))
+
+
+def _rate_too_low(e: Evidence) -> Finding | None:
+    moved = e.probe.moved if e.probe else None
+    if moved is None or moved > 0.02 or not e.learns_little:
+        return None
+    where = f"the weights moved by {moved:.1%} of their size in all of training, and {e.course}"
+    return Finding("learning rate too low", where, e.scaled_lr(10))
+
+
+def _unrelated_labels(e: Evidence) -> Finding | None:
+    last = e.epochs[-1]
+    if e.mixes or not last.val_accuracy < 1.5 / e.classes or not last.train_accuracy > last.val_accuracy + 0.15:
+        return None
+    where = (
+        f"val/accuracy is {last.val_accuracy:.1%} after epoch {last.number}, that of guessing, while train/accuracy is "
+        f"{last.train_accuracy:.1%}: the network learns labels by heart that do not follow from the images"
+    )
+    return Finding("labels that do not fit", where, "--data.source with mended labels; figures/samples.png shows them")
+
+
+def _loss_not_falling(e: Evidence) -> Finding | None:
+    if e.epochs[-1].train_loss < 0.95 * e.guessing:
+        return None
+    advice = e.scaled_lr(0.1) if e.probe and (e.probe.moved or 0) > 1 else e.scaled_lr(10)
+    return Finding("loss does not fall", e.course, f"{advice}, and look at figures/samples.png: do the labels fit?")
+
+
+def _oscillation(e: Evidence) -> Finding | None:
+    second_half = e.epochs[len(e.epochs) // 2 :]
+    losses = [epoch.train_loss for epoch in second_half]
+    rises = [now for before, now in zip(losses, losses[1:], strict=False) if now > 1.1 * before + 0.01 * e.guessing]
+    if len(losses) < 4 or len(rises) < (len(losses) - 1) / 3:
+        return None
+    where = f"train/loss goes up {len(rises)} times in the {len(losses)} epochs from epoch {second_half[0].number} on"
+    return Finding("oscillating loss", where, e.scaled_lr(0.3))
+
+
+def _underfitting(e: Evidence) -> Finding | None:
+    third = e.epochs[-max(len(e.epochs) // 3, 2) :]
+    last = e.epochs[-1]
+    levels = [e.left_to_learn] + ([] if math.isnan(last.val_loss) else [last.val_loss / e.guessing])
+    flat = last.train_loss > 0.97 * third[0].train_loss
+    rates = [line["lr"] for line in e.lines if line["epoch"] >= third[0].number]
+    still_learns = max(rates, default=0.0) >= 0.1 * e.config.optim.lr
+    if len(e.epochs) < 4 or min(levels) < 0.4 or not flat or not still_learns:
+        return None
+    where = f"train/loss stays at {last.train_loss:.2f} from epoch {third[0].number} on, {_both(last)}"
+    return Finding("underfitting", where, _more_capacity(e.config))
+
+
+def _both(last: Epoch) -> str:
+    return "with no validation" if math.isnan(last.val_loss) else f"and val/loss is no lower ({last.val_loss:.2f})"
+
+
+def _more_capacity(config: Config) -> str:
+    if config.optim.weight_decay > 1e-3 or config.optim.l1:
+        return "--optim.weight_decay=0" if config.optim.weight_decay else "--optim.l1=0"
+    return "--model.width=64, or a larger network by --model.name"
+
+
+def _overfitting(e: Evidence) -> Finding | None:
+    measured = [epoch for epoch in e.epochs if math.isfinite(epoch.val_loss)]
+    if len(measured) < 3 or _unrelated_labels(e):
+        return None
+    best, last = min(measured, key=lambda epoch: epoch.val_loss), measured[-1]
+    gap = last.train_accuracy - last.val_accuracy
+    rises = last.val_loss > 1.3 * best.val_loss and last.val_loss - best.val_loss > 0.05 * e.guessing
+    if rises and last.train_loss < 0.8 * best.train_loss and gap > 0.02:
+        where = (
+            f"val/loss is lowest in epoch {best.number} ({best.val_loss:.3g}) and {last.val_loss:.3g} at the end, "
+            f"while train/loss falls from {best.train_loss:.3g} to {last.train_loss:.3g}"
+        )
+    elif gap > 0.08 and last.val_loss > 2 * last.train_loss and not e.mixes:
+        where = f"train/accuracy is {last.train_accuracy:.1%} at the end, val/accuracy {last.val_accuracy:.1%}"
+    else:
+        return None
+    return Finding("overfitting", where, _regularization(e.config))
+
+
+def _regularization(config: Config) -> str:
+    """The usual remedy that the run does not use yet."""
+    augment = config.augment
+    if not (augment.crop_padding or augment.translate or augment.resized_crop):
+        return "--augment.translate=0.1"
+    if not config.optim.weight_decay:
+        return "--optim.weight_decay=0.0005"
+    if not config.train.label_smoothing:
+        return "--train.label_smoothing=0.1"
+    return "--train.early_stop_epochs=5"
+
+
+def _starving_device(e: Evidence) -> Finding | None:
+    shares = [line["data_share"] for line in e.lines[1:] if "data_share" in line]
+    if not shares or median(shares) < 0.3:
+        return None
+    advice = "--data.workers=-1" if e.config.data.workers == 0 else "--data.memory_budget=8, if that much is free"
+    where = f"{median(shares):.0%} of the time goes into bringing images (train/data_share)"
+    return Finding("starving device", where, advice)
+
+
+def _doubtful_labels(e: Evidence) -> Finding | None:
+    doubt = e.doubt
+    # A network that is wrong more often has no opinion that counts.
+    if doubt is None or doubt.mistakes > 0.4 * doubt.of:
+        return None
+    if doubt.samples < max(5, 0.02 * doubt.of, 0.25 * doubt.mistakes):
+        return None
+    where = (
+        f"for {doubt.samples} of {doubt.of} {doubt.split} images the network is as sure of another class as it is of "
+        "right ones; figures/mistakes.png shows the worst"
+    )
+    return Finding("labels that look wrong", where, "--train.label_smoothing=0.1, or mend them")
+
+
+CAUSES: tuple[Rule, ...] = (
+    _exploding_gradients, _dead_relus, _vanishing_gradients, _rate_too_high, _rate_too_low, _unrelated_labels,
+    _doubtful_labels,
+)  # fmt: skip
+SYMPTOMS: tuple[Rule, ...] = (_loss_not_falling, _oscillation, _underfitting)
+"""The first is told, where no cause is found"""
+OTHERS: tuple[Rule, ...] = (_overfitting, _starving_device)
