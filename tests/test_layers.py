@@ -88,6 +88,7 @@ ORDER = [
     "run.folder",
     "run.checkpoint",
     "run.profiler",
+    "report.comparison",
     "report.figures",
     "report.predictions",
     "report.summary",
@@ -226,7 +227,14 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
     assert list(tmp_path.iterdir()) == []
 
 
-WITHOUT_TORCH = ["settings.config", "settings.cli", "run.tracker", "report.figures", "training.schedule"]
+WITHOUT_TORCH = [
+    "settings.config",
+    "settings.cli",
+    "run.tracker",
+    "report.comparison",
+    "report.figures",
+    "training.schedule",
+]
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

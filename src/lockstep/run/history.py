@@ -8,6 +8,7 @@ val or test. Any other field is kept too.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,26 @@ def numbers_of(values: dict[str, Any]) -> dict[str, float]:
     """The fields that are single numbers; 0-d tensors and arrays count, flags and texts do not."""
     items = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
     return {key: item for key, item in items.items() if isinstance(item, int | float) and not isinstance(item, bool)}
+
+
+def curve(history: Sequence[dict[str, Any]], split: str, key: str) -> list[tuple[float, float]]:
+    """(epoch, value) of the records of a split that have the value; NaN stays. Epochs are fractions of those completed.
+
+    A test stands at the step whose weights were tested.
+    """
+    scale = _epochs_per_step(history)
+    records = [record for record in history if record.get("split") == split and _is_number(record.get(key))]
+    return [(record.get("best_step", record.get("step", 0)) * scale, float(record[key])) for record in records]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _epochs_per_step(history: Sequence[dict[str, Any]]) -> float:
+    """Records count whole epochs, too coarse an axis; the first validation, at an epoch's end, gives the scale."""
+    numbered = [record for record in history if _is_number(record.get("epoch")) and _is_number(record.get("step"))]
+    records = [record for record in numbered if record["step"] and record["epoch"]]
+    validated = [record for record in records if record.get("split") == "val"]
+    chosen = (validated or records[-1:] or [{"epoch": 1, "step": 1}])[0]
+    return float(chosen["epoch"]) / float(chosen["step"])
