@@ -89,7 +89,9 @@ ORDER = [
     "run.checkpoint",
     "run.profiler",
     "report.comparison",
+    "report.tables",
     "report.figures",
+    "report.page",
     "report.predictions",
     "report.summary",
     "report.milestones",
@@ -219,7 +221,8 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
         "import importlib, sys\n"
         f"for module in {[module for module in ORDER[:-1] if module not in ON_DEMAND]}:\n"
         "    importlib.import_module('lockstep.' + module)\n"
-        "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow'}\n"
+        "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow', "
+        "'bokeh', 'jinja2', 'scipy'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"
     )
     child = run_python(program, cwd=tmp_path)

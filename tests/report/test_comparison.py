@@ -7,7 +7,7 @@ import pytest
 from folders import finished, lines, write_run
 
 from lockstep.errors import UserError
-from lockstep.report.comparison import group_runs, read_runs
+from lockstep.report.comparison import group_runs, paired_test, read_runs
 
 
 def test_runs_that_differ_in_nothing_but_the_seed_are_a_group(tmp_path: Path) -> None:
@@ -92,3 +92,18 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         read_runs([tmp_path])
     with pytest.raises(UserError, match="there is no run in nowhere$"):
         read_runs([Path("nowhere")])
+
+
+def test_a_paired_test_by_hand() -> None:
+    """Differences 1, 2 and 3: mean 2, deviation 1, t = 2 sqrt(3); with 2 degrees P = 1 - t / sqrt(2 + t²)."""
+    test = paired_test({0: 10.0, 1: 10.0, 2: 10.0, 7: 99.0}, {2: 13.0, 1: 12.0, 0: 11.0, 8: 99.0})
+    t = 2 * math.sqrt(3)
+    assert (test.pairs, test.difference) == (3, pytest.approx(2))
+    assert test.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
+def test_a_paired_test_needs_two_pairs_and_some_spread() -> None:
+    alone = paired_test({0: 0.5, 1: 0.5}, {1: 0.7, 2: 0.7})
+    assert alone.pairs == 1 and math.isnan(alone.p)
+    alike = paired_test({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.2, 1: 0.3, 2: 0.4})
+    assert alike.difference == pytest.approx(0.1) and math.isnan(alike.p)

@@ -61,7 +61,7 @@ class RunRecord:
     @property
     def best_val_accuracy(self) -> float:
         """Of the validation whose weights are the result; before the end, the best so far; a share in [0, 1]."""
-        so_far = [value for _, value in curve(self.history, "val", "accuracy") if math.isfinite(value)]
+        so_far = [point.value for point in curve(self.history, "val", "accuracy") if math.isfinite(point.value)]
         return self.number("best_val_accuracy") if self.is_finished else max(so_far, default=math.nan)
 
     @property
@@ -80,6 +80,18 @@ class RunRecord:
     def process_hours(self) -> float:
         """Wall time, without pauses, times processes."""
         return self.number("wall_seconds") * self.processes / 3600
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two groups over the seeds that both have: the mean difference, and how likely chance alone makes as large a one.
+
+    `p`, of a two-sided paired t-test, is NaN with fewer than two pairs, and where all differences are the same.
+    """
+
+    pairs: int
+    difference: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -125,10 +137,10 @@ class Group:
     def curve(self, split: str, key: str) -> Curve:
         """A metric over epochs. Where trainings end earlier, the others go on alone; between lines it is linear."""
         series = [points for run in self.trainings if (points := curve(run.history, split, key))]
-        epochs = np.unique([epoch for points in series for epoch, _ in points])
+        epochs = np.unique([point.epoch for points in series for point in points])
         rows = np.full((len(series), len(epochs)), np.nan)
         for row, points in zip(rows, series, strict=True):
-            own, values = np.array(points).T
+            own, values, _ = np.array(points).T
             values = np.where(np.isfinite(values), values, np.nan)
             row[:] = np.interp(epochs, own, values, left=np.nan, right=np.nan)
         there = ~np.isnan(rows).all(axis=0)
@@ -187,14 +199,32 @@ def differing_settings(runs: Sequence[RunRecord]) -> list[str]:
     return [name for name in runs[0].config if name != SEED and len({repr(run.config[name]) for run in runs}) > 1]
 
 
+def paired_test(ours: dict[int, float], theirs: dict[int, float]) -> PairedTest:
+    """Whether `theirs` are larger or smaller than `ours`, seed by seed; both are seed -> value."""
+    pairs = [(theirs[seed], ours[seed]) for seed in ours if seed in theirs]
+    if len(pairs) < 2:
+        return PairedTest(len(pairs), math.nan, math.nan)
+    other, one = np.array(pairs).T
+    difference, p = float(np.mean(other - one)), math.nan
+    if np.ptp(other - one) > 1e-12:  # else there is nothing but rounding to divide by
+        from scipy.stats import ttest_rel
+
+        p = float(ttest_rel(other, one).pvalue)
+    return PairedTest(len(pairs), difference, p)
+
+
 def _labels(groups: Sequence[Sequence[RunRecord]], names: Sequence[str]) -> list[str]:
     """Settings where they tell the groups apart in a few words, else the names of their first runs."""
     labels = [" ".join(f"{name}={shown(group[0].config[name])}" for name in names) for group in groups]
     if len(groups) > 1 and max(map(len, labels)) <= _LONGEST_LABEL:
         return labels
-    firsts = [group[0] for group in groups]
-    times = Counter(run.name for run in firsts)
-    return [run.name if times[run.name] == 1 else str(run.path) for run in firsts]
+    return names_of([group[0] for group in groups])
+
+
+def names_of(runs: Sequence[RunRecord]) -> list[str]:
+    """The runs' names; where two runs have the same, their paths."""
+    times = Counter(run.name for run in runs)
+    return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.files import written_aside
 from lockstep.report.comparison import Curve, Group
-from lockstep.run.history import curve
+from lockstep.run.history import Point, curve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,7 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
     """
     if not groups:
         raise ValueError(f"no runs to draw in {path}")
-    panels = [panel for panel in _PANELS if panel[2] != "lr" or _rates_differ(groups)]
+    panels = panels_of(groups)
     labels = [_label(group) for group in groups]
     columns = max(1, min(len(groups), _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
     lines, rows = math.ceil(len(groups) / columns), math.ceil(len(panels) / 3)
@@ -164,9 +164,7 @@ def plot_transforms(rows: "dict[str, np.ndarray]", path: Path) -> "Figure":
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 
-def _draw_metric(
-    axes: "Axes", title: str, curves: dict[str, list[tuple[float, float]]], *, percent: bool = False
-) -> None:
+def _draw_metric(axes: "Axes", title: str, curves: dict[str, list[Point]], *, percent: bool = False) -> None:
     _dress(axes, title)
     if not any(curves.values()):
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
@@ -195,11 +193,11 @@ def _scale(axes: "Axes", *, percent: bool) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
 
 
-def _draw_line(axes: "Axes", split: str, points: list[tuple[float, float]], shown: str) -> None:
+def _draw_line(axes: "Axes", split: str, points: list[Point], shown: str) -> None:
     """A line; a few points get markers; the test result is one diamond, its value in the legend."""
     if not points:
         return
-    epochs, values = zip(*points, strict=True)
+    epochs, values, _ = zip(*points, strict=True)
     color = _COLORS[split]
     if split == "test":
         label = f"test {shown.format(values[-1])}".replace("%", " %")
@@ -210,6 +208,11 @@ def _draw_line(axes: "Axes", split: str, points: list[tuple[float, float]], show
 
 
 # ---- Comparison -----------------------------------------------------------------------------------------------------
+
+
+def panels_of(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """Title, split and key of each panel: that of the learning rate only where it differs."""
+    return [panel for panel in _PANELS if panel[2] != "lr" or _rates_differ(groups)]
 
 
 def _rates_differ(groups: Sequence[Group]) -> bool:
