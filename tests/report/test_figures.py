@@ -224,7 +224,7 @@ def test_comparison_of_many_groups_tells_them_apart_and_of_equal_rates_leaves_th
 
 
 def test_comparison_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    groups = group_runs(read_runs([write_run(tmp_path / "begun $", None, [])]))
+    groups = group_runs(read_runs([write_run(tmp_path / "begun $\x1b[31m", None, [])]))
     figure = plot_comparison(groups, tmp_path / "comparison.png")
     assert [texts(axes) for axes in figure.axes] == [["nothing logged yet"]] * 3
     with pytest.raises(ValueError, match="no runs to draw"):

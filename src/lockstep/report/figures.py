@@ -301,8 +301,8 @@ def _lines(title: str) -> str:
 
 
 def _shorten(text: str, most: int) -> str:
-    """A name as it can be drawn: `$` would begin a formula, and bytes that are no UTF-8 have no glyph."""
-    text = text.encode(errors="replace").decode().replace("$", r"\$")
+    """A name as it can be drawn: `$` would begin a formula; control characters and bytes of no UTF-8 have no glyph."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
