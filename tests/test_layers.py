@@ -89,7 +89,10 @@ ORDER = [
     "run.folder",
     "run.checkpoint",
     "run.profiler",
+    "report.comparison",
+    "report.tables",
     "report.figures",
+    "report.page",
     "report.predictions",
     "report.diagnosis",
     "report.summary",
@@ -221,7 +224,8 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
         "import importlib, sys\n"
         f"for module in {[module for module in ORDER[:-1] if module not in ON_DEMAND]}:\n"
         "    importlib.import_module('lockstep.' + module)\n"
-        "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow'}\n"
+        "heavy = {'wandb', 'timm', 'datasets', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'pyarrow', "
+        "'bokeh', 'jinja2', 'scipy'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"
     )
     child = run_python(program, cwd=tmp_path)
@@ -229,7 +233,14 @@ def test_importing_everything_is_silent_writes_nothing_and_leaves_heavy_librarie
     assert list(tmp_path.iterdir()) == []
 
 
-WITHOUT_TORCH = ["settings.config", "settings.cli", "run.tracker", "report.figures", "training.schedule"]
+WITHOUT_TORCH = [
+    "settings.config",
+    "settings.cli",
+    "run.tracker",
+    "report.comparison",
+    "report.figures",
+    "training.schedule",
+]
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

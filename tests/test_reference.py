@@ -6,8 +6,7 @@ import pytest
 from fork_server import ForkServer
 from programs import ROOT
 
-from lockstep.commands.compare import compare_histories
-from lockstep.run.history import read_history, read_starts
+from lockstep.run.history import compare_histories, read_history, read_starts
 from lockstep.settings.cli import parse_config
 from lockstep.settings.config import changed_settings
 from lockstep.settings.yaml import load_config

@@ -13,8 +13,7 @@ from typing import Any
 import psutil
 from launch_distance import ROOT, SETTINGS, launch_command
 
-from lockstep.commands.compare import compare_histories
-from lockstep.run.history import read_history
+from lockstep.run.history import compare_histories, read_history
 from pieces.place import Place, Skipped
 
 _QUIET = ("--log.wandb=disabled", "--log.tensorboard=false", "--log.figures=false")

@@ -10,7 +10,7 @@ COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
     "prepare": "fetch data and weights for machines without internet",
     "sweep": "list the tasks of a sweep file, or train one of them",
-    "compare": "up to which step two runs are equal, and how far their weights are apart",
+    "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
     "diagnose": "what is wrong with a run, if anything, and one thing to try",
     "verify": "recompute a part of a run and compare it bit by bit",
 }

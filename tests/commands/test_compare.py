@@ -1,14 +1,23 @@
-"""lockstep compare: up to where two histories are equal, what counts as a difference, and the exit code."""
+"""lockstep compare: up to where two histories are equal, what counts as a difference, and the exit code.
 
+And of many runs: groups, means, a paired test, digests, the files that are written, all by hand-made run folders.
+"""
+
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import torch
+from folders import finished, lines
 from safetensors.torch import save_file
 
-from lockstep.commands.compare import compare_histories, main, relative_differences
+from lockstep.commands.compare import main, relative_differences
+from lockstep.errors import UserError
+from lockstep.run.history import compare_histories
 from lockstep.settings.config import Config, LogConfig, OptimConfig
 from lockstep.settings.yaml import config_to_yaml
 
@@ -140,3 +149,124 @@ def test_a_chain_of_digests_is_enough(tmp_path: Path, capsys: pytest.CaptureFixt
         write_history(chain, digests, NUMERICS)
         assert main([run, chain]) == code
     assert f"weights are not compared: {chain} has no checkpoints" in capsys.readouterr().out
+
+
+# ---- Any number of runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two learning rates with three seeds each; the last run of the second has been stopped after an epoch."""
+    for lr, accuracies in ((0.1, (0.90, 0.92, 0.94)), (0.2, (0.91, 0.95, None))):
+        for seed, accuracy in enumerate(accuracies):
+            summary = finished(accuracy) if accuracy else {"state": "preempted", "steps": 10, "epochs": 1}
+            run = tmp_path / "runs" / f"lr{lr}-{seed}"
+            folders.write_run(run, summary, lines([0.5, accuracy or 0.6], lr=lr), optim__lr=lr, run__seed=seed)
+    return tmp_path / "runs"
+
+
+def rows(text: str, title: str) -> list[list[str]]:
+    """The cells of the printed table whose title begins so."""
+    (table,) = [part for part in text.split("\n\n") if part.startswith(title)]
+    return [re.split(r"  +", line.strip()) for line in table.splitlines()[2:]]
+
+
+def test_many_runs_become_a_table_of_groups(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep)]) == 0
+    text = capsys.readouterr().out
+    first, second = rows(text, "Groups")
+    assert first[:6] == ["1", "optim.lr=0.1", "finished", "3", "92.00% ± 2.00%", "92.00% ± 2.00%"]
+    assert first[6:] == ["0.0800 ± 0.0200", "2", "1,000 ± 0", "1,700.0 ± 0.0", "1 ± 0"]
+    # Half a training counts in no mean: (91 + 95) / 2, and a deviation of 4 / sqrt(2).
+    assert second[2:6] == ["2 finished, 1 preempted", "3", "93.00% ± 2.83%", "93.00% ± 2.83%"]
+    assert rows(text, "Settings that differ") == [["optim.lr", "0.1", "0.2"]]
+    # Differences of 1 and 3 points: mean 2, t = 2 / (sqrt(2) / sqrt(2)) = 2, and P(|t| > 2) with 1 degree is 0.295.
+    assert rows(text, "Paired t-test") == [["2", "optim.lr=0.2", "2", "+2.00 points", "0.295"]]
+    assert "Runs of one training" not in text
+
+
+def test_a_run_that_is_alone_or_only_begun_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = folders.write_run(tmp_path / "be\ngun", None, [])
+    assert main([str(begun)]) == 0
+    text = capsys.readouterr().out
+    assert rows(text, "Groups") == [["1", "be?gun", "unknown", "1", "-", "-", "-", "-", "-", "-", "-"]]
+    assert "\n\n" not in text.strip()
+    other = folders.write_run(tmp_path / "other", {"state": "running"}, [], optim__lr=0.5)
+    assert main([str(begun), str(other)]) == 0  # of two, weights would be compared
+    text = capsys.readouterr().out
+    assert rows(text, "Paired t-test") == [["2", "optim.lr=0.5", "0", "-", "needs 2 shared seeds"]]
+    assert f"weights are not compared: {begun} has no checkpoints" in text
+
+
+def test_runs_of_one_training_are_compared_by_their_digests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, digests, seed in (("a", "abc", 0), ("b", "abd", 0), ("c", "abc", 0), ("d", "xyz", 1)):
+        folders.write_run(tmp_path / name, finished(0.9), lines([0.5, 0.6, 0.7], digests), run__seed=seed)
+    assert main([str(tmp_path / "*")]) == 0
+    text = capsys.readouterr().out
+    (group,) = rows(text, "Groups")
+    assert group[1:4] == ["a", "finished", "2"]
+    parted, equal = rows(text, "Runs of one training")
+    assert parted[:2] == ["b", "a"] and parted[2].startswith("equal to the last bit through step 20; the train line of")
+    assert equal == ["c", "a", "equal to the last bit through step 30"]
+
+
+def test_two_runs_have_their_table_before_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = [folders.write_run(tmp_path / name, finished(0.9), lines([0.5, 0.6], "ab")) for name in "xy"]
+    for run in pair:
+        save_file({"w": torch.ones(2)}, (run / "model.safetensors"))
+    assert main([str(tmp_path)]) == 0
+    table, bits = capsys.readouterr().out.rsplit("\n\n", 1)
+    assert table.startswith("Groups") and "bit for bit equal" in bits
+
+
+def test_globs_and_folders_are_expanded_and_a_run_is_taken_once(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "notes").mkdir()
+    assert main([str(sweep / "lr0.1*"), str(sweep / "lr0.1-0"), str(sweep)]) == 0
+    assert [row[3] for row in rows(capsys.readouterr().out, "Groups")] == ["3", "3"]
+    main([str(sweep / "*")])
+    noted = capsys.readouterr()
+    assert noted.err == f"note: left out: there is no run in {sweep / 'notes'}: it has no config.yaml\n"
+    assert len(rows(noted.out, "Groups")) == 2
+
+
+def test_what_is_no_run_is_told_in_a_line(sweep: Path, tmp_path: Path) -> None:
+    some = [str(sweep / name) for name in ("lr0.1-0", "lr0.1-1")]
+    for wrong in ("nowhere", str(tmp_path / "no*where")):
+        with pytest.raises(UserError, match=f"^there is no run in {re.escape(wrong)}$"):
+            main([*some, wrong])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"there is no run in .*empty: it has no config.yaml"):
+        main([*some, str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="two runs with a config.yaml"):
+        main([some[0], str(tmp_path / "empty"), "--csv", str(tmp_path / "x.csv")])
+    (Path(some[0]) / "config.yaml").write_text("optim: {lr: fast}")
+    with pytest.raises(UserError, match=r"lr0.1-0/config.yaml: .*optim.lr"):
+        main([*some, str(sweep / "lr0.2-0")])
+    assert main([str(sweep)]) == 0  # not named, so left out
+
+
+def test_groups_by_one_setting(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep), "--by", "run.seed"]) == 0
+    text = capsys.readouterr().out
+    assert [row[1] for row in rows(text, "Groups")] == ["run.seed=0", "run.seed=1", "run.seed=2"]
+    assert rows(text, "Settings that differ") == [["optim.lr", "0.1 or 0.2", "0.1 or 0.2", "0.1 or 0.2"]]
+
+
+def test_csv_has_a_row_per_run_with_plain_numbers(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--csv", str(tmp_path / "out" / "runs.csv")]) == 0
+    with (tmp_path / "out" / "runs.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["name"] for row in table][:2] == ["lr0.1-0", "lr0.1-1"] and len(table) == 6
+    first, stopped = table[0], table[5]
+    numbers = {"test_accuracy": "0.9", "test_loss": "0.1", "processes": "2", "process_hours": "1", "optim.lr": "0.1"}
+    texts = {"run.seed": "0", "state": "finished", "path": str(sweep / "lr0.1-0"), "device": "cpu", "epochs": "2"}
+    assert first.items() >= (numbers | texts).items()
+    assert (stopped["state"], stopped["test_accuracy"], stopped["best_val_accuracy"]) == ("preempted", "", "0.6")
+
+
+def test_the_figure_is_drawn_where_it_is_asked_for(sweep: Path, tmp_path: Path) -> None:
+    main([str(sweep), "--figure", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "runs"]

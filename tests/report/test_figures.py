@@ -3,9 +3,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import finished, lines, write_run
 from PIL import Image
 
-from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_distances, plot_samples, plot_transforms
+from lockstep.report.comparison import Group, group_runs, read_runs
+from lockstep.report.figures import (
+    plot_comparison,
+    plot_confusion_matrix,
+    plot_curves,
+    plot_distances,
+    plot_samples,
+    plot_transforms,
+)
 
 
 def history(epochs: int = 4, steps_per_epoch: int = 100) -> list[dict]:
@@ -175,3 +184,48 @@ def test_any_class_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     plot_confusion_matrix(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
     plot_samples(digits()[:2], [name, "other"], tmp_path / "samples.png")
     plot_transforms({name: digits()[:2]}, tmp_path / "transforms.png")
+
+
+def some_groups(folder: Path, number: int, *, lr: float = 0.0) -> list[Group]:
+    """Groups of two seeds each."""
+    paths = [
+        write_run(
+            folder / f"{index} {seed}",
+            finished(0.5),
+            lines([0.1 * index, 0.1 * index + 0.1 * seed], lr=0.1 + lr * index),
+            model__width=8 + index,
+            run__seed=seed,
+        )
+        for index in range(number)
+        for seed in (0, 1)
+    ]
+    return group_runs(read_runs(paths))
+
+
+def test_comparison_draws_a_mean_and_a_band_for_each_group(tmp_path: Path) -> None:
+    groups = some_groups(tmp_path / "runs", 2, lr=0.1)
+    figure = plot_comparison(groups, tmp_path / "picture" / "comparison.png")
+    assert png(tmp_path / "picture" / "comparison.png").shape[1] == 1800
+    accuracy, _, _, lr = figure.axes
+    assert accuracy.get_title(loc="left") == "Validation accuracy (% of samples)"
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [pytest.approx([0, 0.05]), pytest.approx([0.1, 0.15])]
+    assert accuracy.collections[0].get_datalim(accuracy.transData).bounds == pytest.approx((1, 0, 1, 0.1))
+    assert not lr.collections and [line.get_ydata()[0] for line in lr.lines] == [0.1, 0.2]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["model.width=8 (2 seeds)", "model.width=9 (2 seeds)"]
+    assert legend.get_title().get_text() == "Line: mean over seeds; band: lowest to highest"
+
+
+def test_comparison_of_many_groups_tells_them_apart_and_of_equal_rates_leaves_those_out(tmp_path: Path) -> None:
+    figure = plot_comparison(some_groups(tmp_path / "runs", 12), tmp_path / "comparison.png")
+    assert len(figure.axes) == 3
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == 12
+
+
+def test_comparison_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    groups = group_runs(read_runs([write_run(tmp_path / "begun $\x1b[31m", None, [])]))
+    figure = plot_comparison(groups, tmp_path / "comparison.png")
+    assert [texts(axes) for axes in figure.axes] == [["nothing logged yet"]] * 3
+    with pytest.raises(ValueError, match="no runs to draw"):
+        plot_comparison([], tmp_path / "none.png")

@@ -1,30 +1,207 @@
-"""Compare two runs to the last bit, and their weights: `lockstep compare RUN_A RUN_B`.
+"""Compare runs in results, settings, speed, cost, and to the last bit: `lockstep compare RUN [RUN ...]`.
 
-Every training line of metrics.jsonl has the digest of all weights after its step, so two runs are equal through the
-last line whose digest is the same. Where they part, the numerics of both tell why they may.
+RUN is a run folder, a folder of run folders, or a glob in quotes. Runs that differ in nothing but run.seed are a group.
+Of runs with the same settings and seed it is told through which step they are equal to the last bit: every training
+line of metrics.jsonl has the digest of all weights after its step. Of exactly two runs the weights are compared, too,
+and where the runs part, the numerics of both tell why they may. Nothing but the run folders is read.
 """
 
 import argparse
+import glob
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lockstep.errors import UserError
-from lockstep.launch.numerics import describe_changes
-from lockstep.models.weights import load_weights
-from lockstep.run.history import read_history, read_starts
+from lockstep.report.comparison import Group, RunRecord, group_runs, read_runs
+from lockstep.report.tables import (
+    Table,
+    as_text,
+    group_table,
+    paired_table,
+    parting_table,
+    settings_table,
+    write_csv,
+)
+from lockstep.run.history import compare_histories, read_history, read_starts
 from lockstep.settings.config import changed_settings
 from lockstep.settings.yaml import load_config
 
-_SPEEDS = {"images_per_second", "data_share", "straggler", "straggler_rank"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _WEIGHTS = ("checkpoints", "model.safetensors")
 
 
-def relative_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the comparison; 1 if there are two runs and their weights differ by more than the tolerance, else 0."""
+    options = _parser().parse_args(arguments)
+    folders = find_runs(options.runs)
+    named = {Path(text) for text in options.runs}
+    is_pair = len(folders) == 2
+    if not is_pair:
+        folders = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    runs = [] if is_pair and not all(map(_is_run, folders)) else _read(folders, named)
+    if runs:
+        groups = group_runs(runs, options.by)
+        tables = [group_table(groups), settings_table(groups), paired_table(groups), parting_table(runs)]
+        tables = [table for table in tables if table.rows]
+        print("\n\n".join(as_text(table) for table in tables), end="\n\n" if is_pair else "\n")
+        _write_files(options, groups, tables)
+    elif options.figure or options.csv or options.html or options.by:
+        raise UserError(
+            f"{' and '.join(map(str, folders))} are not two runs with a config.yaml: only bits are compared"
+        )
+    return _compare_pair(folders, options) if is_pair else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lockstep compare", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, folders of them, globs in quotes")
+    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="group by this setting alone")
+    for name, text in {
+        "figure": "draw the curves of all groups",
+        "csv": "write a row per run",
+        "html": "write one page with tables to sort and curves to explore, for any browser, without network",
+    }.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"{text}; default: not written")
+    pair = parser.add_argument_group("of two runs")
+    pair.add_argument("--checkpoint", default="last", help="last, best or step_<8 digits>; default: last")
+    pair.add_argument("--tolerance", type=float, default=1e-12, help="largest accepted difference; default: 1e-12")
+    pair.add_argument("--per_tensor", action="store_true", help="one line per tensor")
+    return parser
+
+
+# ---- Any number of runs ----------------------------------------------------------------------------------------------
+
+
+def find_runs(texts: Sequence[str]) -> list[Path]:
+    """The folders that run folders, folders of them and globs stand for, in the order given.
+
+    A folder in which no run is found stands for itself. Raises UserError for what leads nowhere.
+    """
+    found: list[Path] = []
+    for text in texts:
+        folders = [Path(text)] if Path(text).is_dir() else [Path(path) for path in sorted(glob.glob(text))]
+        folders = [folder for folder in folders if folder.is_dir()]
+        if not folders:
+            raise UserError(f"there is no run in {text}")
+        for folder in folders:
+            inside = [] if _is_run(folder) else sorted(path.parent for path in folder.glob("*/config.yaml"))
+            found += inside or [folder]
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _read(folders: Sequence[Path], named: set[Path]) -> list[RunRecord]:
+    """The runs in these folders; one that cannot be read is an error where it was named, else left out, and said so."""
+    runs, problem = [], ""
+    for folder in folders:
+        try:
+            runs += read_runs([folder])
+        except UserError as mistake:
+            if folder in named:
+                raise
+            problem = str(mistake)
+            print(f"note: left out: {problem}", file=sys.stderr)
+    if not runs:
+        raise UserError(problem)
+    return runs
+
+
+def _write_files(options: argparse.Namespace, groups: Sequence[Group], tables: Sequence[Table]) -> None:
+    if options.csv:
+        write_csv(groups, options.csv)
+    if options.figure:
+        from lockstep.report.figures import plot_comparison
+
+        plot_comparison(groups, options.figure)
+    if options.html:
+        from lockstep.report.page import write_page
+
+        write_page(groups, tables, options.html)
+
+
+# ---- Two runs --------------------------------------------------------------------------------------------------------
+
+
+def _compare_pair(folders: Sequence[Path], options: argparse.Namespace) -> int:
+    """Print in what two runs differ; 1 if their weights do by more than the tolerance, else 0."""
+    one, other = folders
+    configured = _is_run(one) and _is_run(other)
+    if configured:
+        for change in changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml")):
+            print(f"note: other settings: {change}")
+    histories = [read_history(run) for run in folders]
+    equal = True
+    if all(histories):
+        verdict = compare_histories(*histories)
+        equal = verdict.startswith("equal") and ";" not in verdict
+        print(verdict if equal else f"{verdict}\n{_describe_numerics(one, other)}")
+    bare = [run for run in folders if not any((run / name).exists() for name in _WEIGHTS)]
+    if bare and (all(histories) or configured):  # a digest chain, kept without its weights, or a run just begun
+        print(f"weights are not compared: {bare[0]} has no checkpoints")
+        return 0 if equal else 1
+    return _compare_weights(folders, options)
+
+
+def _describe_numerics(one: Path, other: Path) -> str:
+    """In what the starts of two runs differ that the bits depend on."""
+    from lockstep.launch.numerics import describe_changes
+
+    both = [read_starts(run) or [{}] for run in (one, other)]
+    changes = describe_changes(*(starts[0].get("numerics", {}) for starts in both))
+    found = [f"numerics: {changes}"] if changes else []
+    for run, starts in zip((one, other), both, strict=True):
+        for before, now in pairwise(starts):
+            if changes := describe_changes(before.get("numerics", {}), now.get("numerics", {})):
+                found.append(f"changed after step {now.get('step', '?')} of {run}: {changes}")
+    return "; ".join(found) or "numerics are the same"
+
+
+def _compare_weights(folders: Sequence[Path], options: argparse.Namespace) -> int:
+    import torch
+
+    a, b = (_all_weights(run, options.checkpoint) for run in folders)
+    steps = [(run / "checkpoints" / options.checkpoint).resolve().name for run in folders]
+    if steps[0] != steps[1] and all(step.startswith("step_") for step in steps):
+        print(f"note: these are the weights of {steps[0]} and of {steps[1]}")
+    differences = relative_differences(a, b)
+    if options.per_tensor:
+        width = max(map(len, differences))
+        for name, difference in differences.items():
+            print(f"{name:<{width}}  {difference:.3g}")
+    # A difference that is not a number must not pass for a small one.
+    worst = max(
+        differences, key=lambda name: float("inf") if differences[name] != differences[name] else differences[name]
+    )
+    equal = all(torch.equal(a[name], b[name]) for name in a)
+    passes = differences[worst] <= options.tolerance
+    verdict = "bit for bit equal" if equal else f"largest relative difference {differences[worst]:.3g} ({worst})"
+    within = "within" if passes else "ABOVE"
+    print(f"{len(a)} tensors of {options.checkpoint}: {verdict}; {within} the tolerance of {options.tolerance:g}")
+    return 0 if passes else 1
+
+
+def _all_weights(run: Path, name: str) -> dict[str, "Tensor"]:
+    """Weights, running statistics and averages of a run folder's checkpoint, or of a checkpoint folder itself."""
+    from lockstep.models.weights import load_weights
+
+    folder = run / "checkpoints" / name if (run / "checkpoints").is_dir() else run
+    weights = load_weights(folder / "model.safetensors")
+    average = folder / "ema.safetensors"
+    if average.is_file():
+        weights |= {f"average of {key}": value for key, value in load_weights(average).items()}
+    return weights
+
+
+def relative_differences(a: dict[str, "Tensor"], b: dict[str, "Tensor"]) -> dict[str, float]:
     """For each tensor the largest |a - b|, as a share of the largest number in its layer of `a`.
 
     Not a number where either has one. Counts, which are whole numbers, are a layer each: they differ or they do not.
@@ -49,102 +226,9 @@ def relative_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str
     return differences
 
 
-def _layer_of(name: str, tensor: Tensor) -> str:
+def _layer_of(name: str, tensor: "Tensor") -> str:
     return name.rpartition(".")[0] if tensor.is_floating_point() else name
 
 
-def _largest(tensor: Tensor) -> float:
+def _largest(tensor: "Tensor") -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str:
-    """Up to which step two histories are equal in every figure but speeds, and the first line that is not."""
-    ours, theirs = (
-        {(line["split"], line["step"]): line for line in lines if {"split", "step"} <= line.keys()} for lines in (a, b)
-    )
-    shared = [place for place in ours if place in theirs]
-    if not any("digest" in ours[place] and "digest" in theirs[place] for place in shared):
-        return "no training line with a digest is in both: nothing can be said of their bits"
-    equal_through = 0
-    for split, step in shared:
-        one, other = ours[split, step], theirs[split, step]
-        differing = [key for key in one.keys() & other.keys() if one[key] != other[key] and key not in _SPEEDS]
-        if differing:
-            key = min(differing, key=lambda key: (key != "digest", key))
-            through = f"equal to the last bit through step {equal_through}" if equal_through else "not equal"
-            return f"{through}; the {split} line of step {step} has {key} {one[key]} in one, {other[key]} in the other"
-        if "digest" in one:
-            equal_through = step
-    return f"equal to the last bit through step {equal_through}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison; 1 if the weights differ by more than the tolerance, else 0."""
-    parser = argparse.ArgumentParser(prog="lockstep compare", description=__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--checkpoint", default="last", help="last, best or step_<8 digits>; default: last")
-    parser.add_argument("--tolerance", type=float, default=1e-12, help="largest accepted difference; default: 1e-12")
-    parser.add_argument("--per_tensor", action="store_true", help="one line per tensor")
-    options = parser.parse_args(arguments)
-    one, other = options.runs
-    for run in options.runs:
-        if not run.is_dir():
-            raise UserError(f"there is no run in {run}")
-    if (one / "config.yaml").is_file() and (other / "config.yaml").is_file():
-        for change in changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml")):
-            print(f"note: other settings: {change}")
-    histories = [read_history(run) for run in options.runs]
-    equal = True
-    if all(histories):
-        verdict = compare_histories(*histories)
-        equal = verdict.startswith("equal") and ";" not in verdict
-        print(verdict if equal else f"{verdict}\n{_describe_numerics(one, other)}")
-    bare = [run for run in options.runs if not any((run / name).exists() for name in _WEIGHTS)]
-    if bare and all(histories):  # a digest chain, kept without its weights
-        print(f"weights are not compared: {bare[0]} has no checkpoints")
-        return 0 if equal else 1
-    return _compare_weights(options)
-
-
-def _describe_numerics(one: Path, other: Path) -> str:
-    """In what the starts of two runs differ that the bits depend on."""
-    both = [read_starts(run) or [{}] for run in (one, other)]
-    changes = describe_changes(*(starts[0].get("numerics", {}) for starts in both))
-    found = [f"numerics: {changes}"] if changes else []
-    for run, starts in zip((one, other), both, strict=True):
-        for before, now in pairwise(starts):
-            if changes := describe_changes(before.get("numerics", {}), now.get("numerics", {})):
-                found.append(f"changed after step {now.get('step', '?')} of {run}: {changes}")
-    return "; ".join(found) or "numerics are the same"
-
-
-def _compare_weights(options: argparse.Namespace) -> int:
-    a, b = (_all_weights(run, options.checkpoint) for run in options.runs)
-    folders = [(run / "checkpoints" / options.checkpoint).resolve().name for run in options.runs]
-    if folders[0] != folders[1] and all(folder.startswith("step_") for folder in folders):
-        print(f"note: these are the weights of {folders[0]} and of {folders[1]}")
-    differences = relative_differences(a, b)
-    if options.per_tensor:
-        width = max(map(len, differences))
-        for name, difference in differences.items():
-            print(f"{name:<{width}}  {difference:.3g}")
-    # A difference that is not a number must not pass for a small one.
-    worst = max(
-        differences, key=lambda name: float("inf") if differences[name] != differences[name] else differences[name]
-    )
-    equal = all(torch.equal(a[name], b[name]) for name in a)
-    passes = differences[worst] <= options.tolerance
-    verdict = "bit for bit equal" if equal else f"largest relative difference {differences[worst]:.3g} ({worst})"
-    within = "within" if passes else "ABOVE"
-    print(f"{len(a)} tensors of {options.checkpoint}: {verdict}; {within} the tolerance of {options.tolerance:g}")
-    return 0 if passes else 1
-
-
-def _all_weights(run: Path, name: str) -> dict[str, Tensor]:
-    """Weights, running statistics and averages of a run folder's checkpoint, or of a checkpoint folder itself."""
-    folder = run / "checkpoints" / name if (run / "checkpoints").is_dir() else run
-    weights = load_weights(folder / "model.safetensors")
-    average = folder / "ema.safetensors"
-    if average.is_file():
-        weights |= {f"average of {key}": value for key, value in load_weights(average).items()}
-    return weights

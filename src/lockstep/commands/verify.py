@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.commands.compare import compare_histories
 from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.launch.numerics import describe_changes
 from lockstep.lease import Lease
 from lockstep.run.checkpoint import folder_of, saved_steps
 from lockstep.run.folder import KEPT, read_summary
-from lockstep.run.history import ENVIRONMENT, HISTORY, read_history, read_starts
+from lockstep.run.history import ENVIRONMENT, HISTORY, compare_histories, read_history, read_starts
 from lockstep.settings.cli import RECIPES, parse_config
 from lockstep.settings.yaml import config_to_yaml
 

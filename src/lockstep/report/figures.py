@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.files import written_aside
+from lockstep.report.comparison import Curve, Group
+from lockstep.run.history import Point, curve
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _DPI = 150
 _COLORS = {"train": "#3b6fb6", "val": "#d9702b", "test": "#2a8a57"}  # told apart by colour-blind readers too
@@ -24,6 +27,17 @@ _MOST_SAMPLES = 25
 _MOST_COUNTS = 25
 _MOST_NAMES = 50
 _LONGEST_NAME = 20
+# Okabe and Ito's colours but for yellow, which white paper swallows: told apart by colour-blind readers, too.
+GROUP_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
+_DASHES = ("-", "--", ":", "-.")
+_PANELS = (
+    ("Validation accuracy (% of samples)", "val", "accuracy"),
+    ("Validation loss (mean of samples)", "val", "loss"),
+    ("Training loss (mean of samples)", "train", "loss"),
+    ("Learning rate (of an update)", "train", "lr"),
+)
+_LONGEST_LABEL = 80
+_LEGEND_LETTERS = 150
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
@@ -33,11 +47,38 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
     """
     figure = _new_figure(12, 3.8)
     loss, accuracy, lr = figure.subplots(1, 3)
-    scale = _epochs_per_step(history)
-    _draw_metric(loss, "Loss", {split: _series(history, split, "loss", scale) for split in _COLORS})
-    shares = {split: _series(history, split, "accuracy", scale) for split in _COLORS}
-    _draw_metric(accuracy, "Accuracy", shares, percent=True)
-    _draw_metric(lr, "Learning rate", {"train": _series(history, "train", "lr", scale)})
+    _draw_metric(loss, "Loss", {split: curve(history, split, "loss") for split in _COLORS})
+    _draw_metric(accuracy, "Accuracy", {split: curve(history, split, "accuracy") for split in _COLORS}, percent=True)
+    _draw_metric(lr, "Learning rate", {"train": curve(history, "train", "lr")})
+    return _save(figure, path)
+
+
+def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
+    """Validation accuracy and loss, training loss and, where it differs, the learning rate of each group over epochs.
+
+    A group has a colour (beyond seven groups, a colour and a dash): a line for the mean over its seeds, and a band from
+    the lowest to the highest. 1800 pixels wide. Raises ValueError if there is no group.
+    """
+    if not groups:
+        raise ValueError(f"no runs to draw in {path}")
+    panels = panels_of(groups)
+    labels = [_label(group) for group in groups]
+    columns = max(1, min(len(groups), _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
+    lines, rows = math.ceil(len(groups) / columns), math.ceil(len(panels) / 3)
+    figure = _new_figure(12, 3.8 * rows + 0.24 * lines + 0.4)
+    grid = figure.subplots(rows, math.ceil(len(panels) / rows), squeeze=False).flat
+    for axes, (title, split, key) in zip(grid, panels, strict=True):
+        _dress(axes, title)
+        _scale(axes, percent=key == "accuracy")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for index, group in enumerate(groups):
+            _draw_group(axes, group.curve(split, key), index, labels[index])
+        if not axes.lines:
+            axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
+    handles = [_group_line(index, label) for index, label in enumerate(labels)]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    if any(len(group.seeds) > 1 for group in groups):
+        legend.set_title("Line: mean over seeds; band: lowest to highest")
     return _save(figure, path)
 
 
@@ -123,39 +164,13 @@ def plot_transforms(rows: "dict[str, np.ndarray]", path: Path) -> "Figure":
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 
-def _epochs_per_step(history: Sequence[dict[str, Any]]) -> float:
-    """Records count whole epochs, too coarse an axis; the first validation, at an epoch's end, gives the scale."""
-    records = [record for record in history if record.get("step") and record.get("epoch")]
-    validated = [record for record in records if record.get("split") == "val"]
-    chosen = (validated or records[-1:] or [{"epoch": 1, "step": 1}])[0]
-    return float(chosen["epoch"]) / float(chosen["step"])
-
-
-def _series(history: Sequence[dict[str, Any]], split: str, key: str, scale: float) -> list[tuple[float, float]]:
-    """(epoch, value) of the records that have the value; NaN stays, as a gap in the line.
-
-    A test stands at the step whose weights were tested.
-    """
-    records = [record for record in history if record.get("split") == split and record.get(key) is not None]
-    return [(record.get("best_step", record.get("step", 0)) * scale, float(record[key])) for record in records]
-
-
-def _draw_metric(
-    axes: "Axes", title: str, curves: dict[str, list[tuple[float, float]]], *, percent: bool = False
-) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8)
-    axes.set_xlabel("Epoch", color=_INK, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=9)
+def _draw_metric(axes: "Axes", title: str, curves: dict[str, list[Point]], *, percent: bool = False) -> None:
+    _dress(axes, title)
     if not any(curves.values()):
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
         axes.set(xticks=[], yticks=[])
         return
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.03, y=0.08)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
+    _scale(axes, percent=percent)
     shown = "{:.1%}" if percent else "{:.3f}"
     for split, points in curves.items():
         _draw_line(axes, split, points, shown)
@@ -163,11 +178,26 @@ def _draw_metric(
         axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=1.6)
 
 
-def _draw_line(axes: "Axes", split: str, points: list[tuple[float, float]], shown: str) -> None:
+def _dress(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8)
+    axes.set_xlabel("Epoch", color=_INK, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=9)
+
+
+def _scale(axes: "Axes", *, percent: bool) -> None:
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.03, y=0.08)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
+
+
+def _draw_line(axes: "Axes", split: str, points: list[Point], shown: str) -> None:
     """A line; a few points get markers; the test result is one diamond, its value in the legend."""
     if not points:
         return
-    epochs, values = zip(*points, strict=True)
+    epochs, values, _ = zip(*points, strict=True)
     color = _COLORS[split]
     if split == "test":
         label = f"test {shown.format(values[-1])}".replace("%", " %")
@@ -175,6 +205,46 @@ def _draw_line(axes: "Axes", split: str, points: list[tuple[float, float]], show
     else:
         marker = "o" if len(points) <= 40 and (split == "val" or len(points) == 1) else None
         axes.plot(epochs, values, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=split)
+
+
+# ---- Comparison -----------------------------------------------------------------------------------------------------
+
+
+def panels_of(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """Title, split and key of each panel: that of the learning rate only where it differs."""
+    return [panel for panel in _PANELS if panel[2] != "lr" or _rates_differ(groups)]
+
+
+def _rates_differ(groups: Sequence[Group]) -> bool:
+    """Whether two groups had another learning rate at a step that both have reached."""
+    first, *others = [curve(group.runs[0].history, "train", "lr") for group in groups]
+    return any(ours != theirs for other in others for ours, theirs in zip(first, other, strict=False))
+
+
+def _label(group: Group) -> str:
+    number = len(group.seeds)
+    return f"{_shorten(group.label, _LONGEST_LABEL)} ({number} seed{'s' * (number != 1)})"
+
+
+def _group_line(index: int, label: str) -> "Line2D":
+    """The line of a group in every panel and in the legend; groups beyond the colours have another dash."""
+    from matplotlib.lines import Line2D
+
+    color = GROUP_COLORS[index % len(GROUP_COLORS)]
+    style: Any = _DASHES[index // len(GROUP_COLORS) % len(_DASHES)]
+    return Line2D([], [], color=color, linestyle=style, linewidth=1.8, label=label)
+
+
+def _draw_group(axes: "Axes", shape: Curve, index: int, label: str) -> None:
+    if not len(shape.epochs):
+        return
+    line = _group_line(index, label)
+    line.set_data(shape.epochs, shape.mean)
+    line.set_marker("o" if len(shape.epochs) == 1 else "")
+    axes.add_line(line)
+    if (shape.high > shape.low).any():
+        axes.fill_between(shape.epochs, shape.low, shape.high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.autoscale_view()
 
 
 # ---- Confusion matrix ------------------------------------------------------------------------------------------------
@@ -231,8 +301,8 @@ def _lines(title: str) -> str:
 
 
 def _shorten(text: str, most: int) -> str:
-    """A name as it can be drawn: `$` would begin a formula, and bytes that are no UTF-8 have no glyph."""
-    text = text.encode(errors="replace").decode().replace("$", r"\$")
+    """A name as it can be drawn: `$` would begin a formula; control characters and bytes of no UTF-8 have no glyph."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -8,13 +8,15 @@ val or test. Any other field is kept too.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.files import read_json, replace_file, require_plain_file
 
 HISTORY = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
+_SPEEDS = {"images_per_second", "data_share", "straggler", "straggler_rank"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -71,3 +73,53 @@ def numbers_of(values: dict[str, Any]) -> dict[str, float]:
     """The fields that are single numbers; 0-d tensors and arrays count, flags and texts do not."""
     items = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
     return {key: item for key, item in items.items() if isinstance(item, int | float) and not isinstance(item, bool)}
+
+
+class Point(NamedTuple):
+    """A value of a record, and where it stands: epochs are fractions of those completed."""
+
+    epoch: float
+    value: float
+    step: float
+
+
+def curve(history: Sequence[dict[str, Any]], split: str, key: str) -> list[Point]:
+    """The records of a split that have the value; NaN stays. A test stands at the step whose weights were tested."""
+    scale = _epochs_per_step(history)
+    records = [record for record in history if record.get("split") == split and _is_number(record.get(key))]
+    steps = [record.get("best_step", record.get("step", 0)) for record in records]
+    return [Point(step * scale, float(record[key]), step) for step, record in zip(steps, records, strict=True)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _epochs_per_step(history: Sequence[dict[str, Any]]) -> float:
+    """Records count whole epochs, too coarse an axis; the first validation, at an epoch's end, gives the scale."""
+    numbered = [record for record in history if _is_number(record.get("epoch")) and _is_number(record.get("step"))]
+    records = [record for record in numbered if record["step"] and record["epoch"]]
+    validated = [record for record in records if record.get("split") == "val"]
+    chosen = (validated or records[-1:] or [{"epoch": 1, "step": 1}])[0]
+    return float(chosen["epoch"]) / float(chosen["step"])
+
+
+def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str:
+    """Up to which step two histories are equal in every figure but speeds, and the first line that is not."""
+    ours, theirs = (
+        {(line["split"], line["step"]): line for line in lines if {"split", "step"} <= line.keys()} for lines in (a, b)
+    )
+    shared = [place for place in ours if place in theirs]
+    if not any("digest" in ours[place] and "digest" in theirs[place] for place in shared):
+        return "no training line with a digest is in both: nothing can be said of their bits"
+    equal_through = 0
+    for split, step in shared:
+        one, other = ours[split, step], theirs[split, step]
+        differing = [key for key in one.keys() & other.keys() if one[key] != other[key] and key not in _SPEEDS]
+        if differing:
+            key = min(differing, key=lambda key: (key != "digest", key))
+            through = f"equal to the last bit through step {equal_through}" if equal_through else "not equal"
+            return f"{through}; the {split} line of step {step} has {key} {one[key]} in one, {other[key]} in the other"
+        if "digest" in one:
+            equal_through = step
+    return f"equal to the last bit through step {equal_through}"
