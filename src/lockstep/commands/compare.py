@@ -123,7 +123,7 @@ def _write_files(options: argparse.Namespace, groups: Sequence[Group], tables: S
 
         plot_comparison(groups, options.figure)
     if options.html:
-        from lockstep.report.page import write_page
+        from lockstep.report.comparison_page import write_page
 
         write_page(groups, tables, options.html)
 

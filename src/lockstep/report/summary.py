@@ -20,6 +20,7 @@ from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
 from lockstep.report.predictions import class_names, pixels
+from lockstep.report.run_page import PAGE, write_run_page
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history, read_starts
@@ -140,9 +141,15 @@ def report_training(
         except Exception as problem:  # whatever it is: no picture is worth a finished training
             _logger.warning("the figures of %s could not be drawn: %r", run.path, problem)
     run.write_summary(**summary)
+    if run.config.log.figures:
+        try:
+            write_run_page(run.path)
+        except Exception as problem:  # nor is a page
+            _logger.warning("the page of %s could not be written: %r", run.path, problem)
     tracker.say(
         f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']}), "
         f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
+        + ("; report.html there shows it" if (run.path / PAGE).is_file() else "")
     )
     tracker.finish(summary)
 

@@ -432,7 +432,7 @@ class LogConfig(_Section):
     histogram_every_steps: int | None = None
     """Write histograms of gradients and weights every this many steps; default: never"""
     figures: bool = True
-    """Draw the run's pictures: curves, confusion matrix, samples"""
+    """Draw the run's pictures (curves, confusion matrix, samples) and write its page, report.html"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")

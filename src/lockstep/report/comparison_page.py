@@ -32,7 +32,7 @@ def write_page(groups: Sequence[Group], tables: Sequence[Table], path: Path) -> 
     plots = [_plot(groups, *panel) for panel in panels_of(groups)]
     script, divisions = components(plots, wrap_script=False)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string((files("lockstep.report") / "page.html").read_text(encoding="utf-8"))
+    page = environment.from_string((files("lockstep.report") / "comparison_page.html").read_text(encoding="utf-8"))
     text = page.render(
         number=sum(len(group.runs) for group in groups),
         tables=tables,

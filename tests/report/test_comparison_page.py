@@ -12,7 +12,7 @@ import pytest
 from folders import finished, lines, write_run
 
 from lockstep.report.comparison import group_runs, read_runs
-from lockstep.report.page import write_page
+from lockstep.report.comparison_page import write_page
 from lockstep.report.tables import group_table, paired_table, parting_table, settings_table
 
 HOSTILE = "<script>document.title='x'<b> $$x$$ @run $name {{ 7 * 7 }} \"';--"
