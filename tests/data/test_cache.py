@@ -1,5 +1,6 @@
 """Decoding, and the cache file: built once, verified, rebuilt when damaged, never half written."""
 
+import io
 import json
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image
 
 from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, open_image
 from lockstep.data.sources.kinds import open_source
-from lockstep.data.sources.source import Split
+from lockstep.data.sources.source import Split, open_encoded
 from lockstep.errors import UserError
 from lockstep.settings.config import DataConfig
 
@@ -297,3 +299,36 @@ def test_an_image_of_usual_shape_is_seen_whole() -> None:
     wide = Image.effect_noise((400, 100), 50).convert("RGB")
     whole = wide.resize((1024, 256), Image.Resampling.BILINEAR).crop((400, 16, 624, 240))
     assert np.array_equal(decode(wide, (224, 224, 3), 256), np.asarray(whole))
+
+
+def photo(orientation: int | bytes) -> Callable[[int], Image.Image]:
+    """A JPEG file of 4x2 pixels, black on the left and white on the right, with that orientation in its EXIF data."""
+    pixels = np.zeros((16, 32), np.uint8)
+    pixels[:, 16:] = 255
+    tags: Image.Exif | bytes = Image.Exif()
+    if isinstance(orientation, bytes):
+        tags = orientation
+    else:
+        tags[0x0112] = orientation  # type: ignore[index]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=100, exif=tags)
+    return lambda row: open_encoded(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "dark"),
+    [
+        (1, "left"),
+        (2, "right"),
+        (3, "right"),
+        (6, "top"),
+        (8, "bottom"),
+        (77, "left"),
+        (b"Exif\0\0MM\0*\xff\xff", "left"),
+    ],
+)
+def test_photos_stand_as_their_camera_was_held(orientation: int | bytes, dark: str) -> None:
+    image = np.asarray(open_image(Split("train", np.zeros(1), photo(orientation), str), 0))
+    halves = {"left": image[:, :4], "right": image[:, -4:], "top": image[:4], "bottom": image[-4:]}
+    assert image.shape == ((16, 32) if dark in ("left", "right") else (32, 16))
+    assert halves[dark].max() < 20

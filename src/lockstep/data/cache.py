@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lockstep.data.sources.kinds import Split
 from lockstep.errors import UserError
@@ -21,7 +21,7 @@ from lockstep.lease import held
 
 _logger = logging.getLogger(__name__)
 
-_RULE_VERSION = 1  # raise it when `decode` gives other pixels
+_RULE_VERSION = 2  # raise it when `decode` gives other pixels
 _SKIP = "set --data.on_error=skip"
 _BLOCK = 2048  # images decoded between two writes
 _TASK = 32  # images per task of the thread pool: one alone is too short to pay for the hand-over
@@ -47,13 +47,13 @@ def channels_of(image: Image.Image) -> int:
 
 
 def open_image(split: Split, row: int) -> Image.Image:
-    """The image at `row`, completely decoded, in its own mode and size.
+    """The image at `row`, completely decoded, in its own mode and size, turned as its EXIF orientation says.
 
     Raises UnreadableImage, naming file or row, if its bytes are missing or broken; plain UserError if the file cannot
     be reached for another reason (an input/output error says nothing about the image, so it is never skipped).
     """
     try:
-        return _first_frame(split.read(row))
+        return _upright(_first_frame(split.read(row)))
     except OSError as error:
         if error.errno in (None, errno.ENOENT, errno.EISDIR):
             raise UnreadableImage(f"{_broken(split, row, error)}, or {_SKIP}") from error
@@ -74,6 +74,15 @@ def _first_frame(image: Image.Image) -> Image.Image:
         raise
     image.close()
     return first
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As a camera that was held sideways meant it; as it is stored where its EXIF data are broken."""
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's own errors, and whatever a damaged tag makes its parsers do
+        return image
+    return image if turned is None else turned
 
 
 def read_image(split: Split, row: int, channels: int) -> Image.Image:
