@@ -1,5 +1,8 @@
 """`torchvision:<name>`."""
 
+import gzip
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sources import open_named, write_mnist
@@ -37,3 +40,23 @@ def test_every_torchvision_set_on_offer_exists() -> None:
     known = _torchvision_arguments()
     assert {"MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "USPS", "SVHN"} <= set(known)
     assert all(hasattr(datasets, name) and {"train", "test"} <= set(splits) for name, splits in known.items())
+
+
+def test_fashion_mnist_is_found_where_debian_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    pixels = write_mnist(tmp_path / "made")
+    package, resources = tmp_path / "package", []
+    package.mkdir()
+    for file in sorted((tmp_path / "made/MNIST/raw").iterdir()):
+        packed = gzip.compress(file.read_bytes())
+        (package / f"{file.name}.gz").write_bytes(packed)
+        resources.append((f"{file.name}.gz", "a checksum of theirs"))
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    monkeypatch.setattr("lockstep.data.sources.torchvision._PACKAGED", {"FashionMNIST": package})
+    source = open_named("torchvision:FashionMNIST", tmp_path)
+    assert np.array_equal(np.asarray(source.splits["train"].read(7)), pixels[7])
+
+    (package / resources[0][0]).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be downloaded"):
+        open_named("torchvision:FashionMNIST", tmp_path / "other")
