@@ -97,6 +97,12 @@ ORDER = [
     "report.diagnosis",
     "report.summary",
     "report.milestones",
+    "sweep.distribution",
+    "sweep.hyperband",
+    "sweep.file",
+    "sweep.results",
+    "sweep.command",
+    "sweep.runner",
     "commands.prepare",
     "commands.sweep",
     "commands.compare",
@@ -239,6 +245,7 @@ WITHOUT_TORCH = [
     "run.tracker",
     "report.comparison",
     "report.figures",
+    "sweep.results",
     "training.schedule",
 ]
 
