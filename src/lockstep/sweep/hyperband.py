@@ -26,26 +26,33 @@ class Hyperband:
     strict: bool
     maximize: bool
 
-    def losers(self, histories: Mapping[str, Sequence[float]], running: Collection[str]) -> dict[str, int]:
-        """Which of the `running` runs should stop, and the bracket that each failed.
+    def losers(self, histories: Mapping[str, Sequence[float]], running: Mapping[str, int]) -> dict[str, int]:
+        """Which runs should stop, and the bracket that each failed.
 
-        `histories` has the metric after every validation of all runs of the sweep, the ended ones too. Those of no
-        finite value do not count.
+        `histories` has the metric after every validation of all runs of the sweep, the ended ones too; values that are
+        not finite do not count. `running` has the runs to judge, and how many validations each had at the last look:
+        it is judged as if somebody had looked after each one since, so that a quick run passes no bracket unseen.
         """
         signed = {
             name: [-value if self.maximize else value for value in values if math.isfinite(value)]
             for name, values in histories.items()
         }
         failed = {}
-        for name in running:
+        for name, looked_at in running.items():
             own = signed.get(name, [])
-            bracket = max((bracket for bracket in self.brackets if bracket <= len(own)), default=None)
-            if bracket is None:
-                continue
-            value = own[bracket - 1] if self.strict else min(own)
-            if value > self._threshold(signed.values(), bracket):
-                failed[name] = bracket
+            for seen in range(min(looked_at, len(own)), len(own) + 1):
+                if bracket := self._failed(own[:seen], signed.values()):
+                    failed[name] = bracket
+                    break
         return failed
+
+    def _failed(self, own: Sequence[float], all_runs: Collection[Sequence[float]]) -> int | None:
+        """The last bracket of a run if it has failed it."""
+        bracket = max((bracket for bracket in self.brackets if bracket <= len(own)), default=None)
+        if bracket is None:
+            return None
+        value = own[bracket - 1] if self.strict else min(own)
+        return bracket if value > self._threshold(all_runs, bracket) else None
 
     def _threshold(self, histories: Collection[Sequence[float]], bracket: int) -> float:
         at_bracket = sorted(values[bracket - 1] for values in histories if len(values) >= bracket)

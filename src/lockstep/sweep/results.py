@@ -37,10 +37,13 @@ class TaskRun:
 
     @property
     def label(self) -> str:
-        """Its settings in short: without the section where all are of one."""
-        sections = {name.split(".")[0] for name in self.settings}
-        names = {name: name.split(".")[1] if len(sections) == 1 else name for name in self.settings}
-        return " ".join(f"{names[name]}={written(value)}" for name, value in self.settings.items())
+        """Its settings in short: without the section where the rest tells them apart."""
+        keys = [name.split(".")[1] for name in self.settings]
+        unique = len(set(keys)) == len(keys)
+        return " ".join(
+            f"{key if unique else name}={written(value)}"
+            for key, (name, value) in zip(keys, self.settings.items(), strict=True)
+        )
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def folder_of(sweep: Sweep, config: Config) -> Path:
 
 
 class EarlyStops:
-    """Which runs were stopped early, and after how many validations: `stopped.json`, which starts to come know."""
+    """Which runs were stopped early, and the bracket that each failed: `stopped.json`, which later starts read."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "stopped.json"
@@ -93,15 +96,15 @@ class EarlyStops:
             known = {}
         except ValueError as damage:
             raise UserError(f"{self._path} cannot be read ({damage}): remove it, and its runs go on") from damage
-        self._validations: dict[str, int] = known if isinstance(known, dict) else {}
+        self._brackets: dict[str, int] = known if isinstance(known, dict) else {}
 
     def __contains__(self, run: TaskRun) -> bool:
-        return run.path.name in self._validations
+        return run.path.name in self._brackets
 
-    def add(self, run: TaskRun, validations: int) -> None:
+    def add(self, run: TaskRun, bracket: int) -> None:
         """Note a run for good."""
-        self._validations[run.path.name] = validations
-        write_json(self._path, self._validations)
+        self._brackets[run.path.name] = bracket
+        write_json(self._path, self._brackets)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class _Child:
     run: TaskRun
     process: subprocess.Popen[bytes]
     began: float
+    judged: int = 0
+    """Validations at the last look"""
     lost_at: int | None = None
     """The bracket that it failed, once it was asked to stop for that"""
 
@@ -118,7 +120,7 @@ class Runner:
             outcome = f"{self._sweep.metric.name} {result.value:.4f}, test/accuracy {result.test_accuracy:.4f}"
         elif child.lost_at is not None and child.has_saved:
             self.stops.add(run, child.lost_at)
-            outcome = f"stopped early at validation {child.lost_at}, {self._sweep.metric.name} {result.value:.4f}"
+            outcome = f"stopped early at bracket {child.lost_at}, {self._sweep.metric.name} {result.value:.4f}"
         elif child.has_saved or self._asked is not None:
             self._paused = True
             outcome = "stopped; the same command continues"
@@ -135,9 +137,12 @@ class Runner:
             return
         self._judged_at = time.monotonic()
         histories = {run.path.name: run.validations(self._sweep.metric) for run in self._runs}
-        for name, bracket in self._sweep.hyperband.losers(histories, running).items():
+        judged = {name: child.judged for name, child in running.items()}
+        for name, bracket in self._sweep.hyperband.losers(histories, judged).items():
             running[name].lost_at = bracket
             (running[name].run.path / STOP_FILE).touch()
+        for name, child in running.items():
+            child.judged = len(histories[name])
 
     @contextmanager
     def _signals_taken(self) -> Iterator[None]:
