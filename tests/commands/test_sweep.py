@@ -1,15 +1,17 @@
 """The command: the tasks of a sweep file, train.py for one of them, and all of them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, environment
+from programs import QUICK, ROOT, environment
 
 from lockstep.commands.sweep import main
 from lockstep.errors import UsageError
+from lockstep.launch.threads import owned_cores
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
@@ -20,7 +22,7 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 def run_sweep(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lockstep", "sweep", *arguments]
     surroundings = {key: value for key, value in environment(**extra).items() if not key.startswith("SLURM_")} | extra
-    return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300)
 
 
 def test_list_prints_a_line_per_task() -> None:
@@ -47,9 +49,41 @@ def test_run_is_train_with_the_tasks_settings() -> None:
         (["1", "--optim.lr=1"], "sets optim.lr for each task"),
         (["1", "--run.name=x"], "cannot share a run folder"),
         (["1", "--optim.lrr=1"], "unknown setting --optim.lrr"),
+        (["--optim.lrr=1"], "unknown setting --optim.lrr"),
+        (["--train.epochs=0"], "task 0 of configs/sweeps/digits_grid.yaml: --train.epochs=0 must be at least 1"),
+        (["1", "--jobs", "2"], "--jobs and --processes are for all tasks"),
+        (["--jobs", "0"], "0 is no whole number from 1 on"),
+        (["--jobs", "two"], "two is no whole number from 1 on"),
     ],
 )
 def test_run_refuses(arguments: list[str], message: str) -> None:
     done = run_sweep("run", "configs/sweeps/digits_grid.yaml", *arguments)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_of_several_processes_is_refused() -> None:
+    """Each of them would train every task."""
+    done = run_sweep("run", "configs/sweeps/digits_grid.yaml", WORLD_SIZE="2")
+    assert done.returncode == 2 and "use --processes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_is_trained_compared_and_drawn(tmp_path: Path) -> None:
+    """Two tasks at once; then one more epoch would be another sweep, and the same command trains nothing."""
+    path = tmp_path / "rates.yaml"
+    path.write_text("method: grid\nparameters: {optim.lr: {values: [0.01, 0.00001]}}\n")
+    command = ("run", str(path), "--jobs", "2", *QUICK, f"--run.root={tmp_path}", "--model.name=tiny_cnn")
+    done = run_sweep(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.splitlines()[-4:]
+    assert [line.split()[0] for line in table[:3]] == ["task", "0", "1"], "the better rate first"
+    folder = tmp_path / "sweep_rates"
+    assert {file.name for file in folder.iterdir()} == {
+        *("task_000.log", "task_001.log", "results.csv", "comparison.png")
+    }
+    summaries = [json.loads(file.read_text()) for file in tmp_path.glob("*/summary.json")]
+    assert [summary["threads"] for summary in summaries] == [max(1, owned_cores() // 2)] * 2
+    again = run_sweep(*command)
+    assert again.returncode == 0 and "2 tasks, 2 of them done before" in again.stdout
+    assert again.stdout.splitlines()[-4:] == table
