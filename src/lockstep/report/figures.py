@@ -39,6 +39,7 @@ _PANELS = (
 _LONGEST_LABEL = 80
 _LEGEND_LETTERS = 150
 _FAR_RATES = 20
+_LONG_EPOCHS = 9
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
@@ -73,12 +74,15 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
         _dress(axes, title)
         _scale(axes, percent=key == "accuracy")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        for index, group in enumerate(groups):
-            _draw_group(axes, group.curve(split, key), index, labels[index])
+        curves = [group.curve(split, key) for group in groups]
+        for index, shape in enumerate(curves):
+            _draw_group(axes, shape, index, labels[index])
         if not axes.lines:
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
         if key == "lr":
             _show_far_rates(axes)
+        else:
+            _show_late_epochs(axes, curves)
     handles = [_group_line(index, label) for index, label in enumerate(labels)]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     if has_seeds:
@@ -228,6 +232,20 @@ def _rates_differ(groups: Sequence[Group]) -> bool:
 def _label(group: Group, *, with_seeds: bool) -> str:
     number = len(group.seeds)
     return _shorten(group.label, _LONGEST_LABEL) + f" ({number} seed{'s' * (number != 1)})" * with_seeds
+
+
+def _show_late_epochs(axes: "Axes", curves: Sequence[Curve]) -> None:
+    """Let the beginning of a longer training run out of the panel: it is steep for all, and presses the ends together.
+
+    The scale is that of the last two thirds.
+    """
+    last = max((shape.epochs[-1] for shape in curves if len(shape.epochs)), default=0)
+    ends = [
+        value for shape in curves for values in (shape.low, shape.high) for value in values[shape.epochs >= last / 3]
+    ]
+    if last >= _LONG_EPOCHS and max(ends) > min(ends):
+        margin = 0.08 * (max(ends) - min(ends))
+        axes.set_ylim(min(ends) - margin, max(ends) + margin)
 
 
 def _show_far_rates(axes: "Axes") -> None:
