@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.errors import UsageError, UserError
+from lockstep.errors import UsageError, UserError, print_line
 from lockstep.settings.cli import RECIPES
 from lockstep.sweep.file import Sweep, read_sweep, spelled
 
@@ -60,7 +60,7 @@ def _count(text: str) -> int:
 
 def _list(sweep: Sweep) -> int:
     for index, task in enumerate(sweep.tasks):
-        print(f"{index}: {' '.join(spelled(task))}")
+        print_line(f"{index}: {' '.join(spelled(task))}")
     print(f"sbatch --array=0-{len(sweep.tasks) - 1} slurm/array_sweep.sbatch {sweep.path}", file=sys.stderr)
     return 0
 
@@ -85,10 +85,10 @@ def _train_all(sweep: Sweep, more: Sequence[str], jobs: int, processes: int) -> 
     code = runner.run()
     results = ranked([read_result(run, sweep.metric, runner.stops) for run in runs], sweep.metric)
     folder = folder_of(sweep, runs[0].config)
-    print(as_table(results, sweep.metric))
+    print_line(as_table(results, sweep.metric))
     write_table(results, sweep.metric, folder / "results.csv")
     if draw_comparison(runs, folder / "comparison.png"):
-        print(f"curves of all: {folder / 'comparison.png'}; this table: {folder / 'results.csv'}")
+        print_line(f"curves of all: {folder / 'comparison.png'}; this table: {folder / 'results.csv'}")
     for failure in runner.failures:
         print(failure, file=sys.stderr)
     return code

@@ -74,6 +74,7 @@ class Runner:
         self._waiting = deque(run for run in runs if not run.is_finished and run not in self.stops)
         self._done = len(runs) - len(self._waiting)
         self._children: list[_Child] = []
+        self._histories: dict[str, list[float]] = {}
         self._paused = self._is_passed_on = False
         self._asked: signal.Signals | None = None
         self._asked_at = self._judged_at = 0.0
@@ -113,6 +114,7 @@ class Runner:
         """Say and keep what has come of a task."""
         self._done += 1
         run = child.run
+        self._histories.pop(run.path.name, None)
         result = read_result(run, self._sweep.metric, self.stops)
         if child.lost_at is not None:
             (run.path / STOP_FILE).unlink(missing_ok=True)  # where the run was over before it saw it
@@ -136,13 +138,16 @@ class Runner:
         if self._sweep.hyperband is None or not running or time.monotonic() < self._judged_at + _JUDGE_SECONDS:
             return
         self._judged_at = time.monotonic()
-        histories = {run.path.name: run.validations(self._sweep.metric) for run in self._runs}
+        for run in self._runs:
+            name = run.path.name
+            if name in running or name not in self._histories:  # nothing is added to those that do not train
+                self._histories[name] = run.validations(self._sweep.metric)
         judged = {name: child.judged for name, child in running.items()}
-        for name, bracket in self._sweep.hyperband.losers(histories, judged).items():
+        for name, bracket in self._sweep.hyperband.losers(self._histories, judged).items():
             running[name].lost_at = bracket
             (running[name].run.path / STOP_FILE).touch()
         for name, child in running.items():
-            child.judged = len(histories[name])
+            child.judged = len(self._histories[name])
 
     @contextmanager
     def _signals_taken(self) -> Iterator[None]:
