@@ -98,6 +98,12 @@ ORDER = [
     "report.run_page",
     "report.summary",
     "report.milestones",
+    "sweep.distribution",
+    "sweep.hyperband",
+    "sweep.file",
+    "sweep.results",
+    "sweep.command",
+    "sweep.runner",
     "commands.prepare",
     "commands.sweep",
     "commands.compare",
@@ -240,6 +246,7 @@ WITHOUT_TORCH = [
     "run.tracker",
     "report.comparison",
     "report.figures",
+    "sweep.results",
     "training.schedule",
 ]
 

@@ -18,7 +18,7 @@ from programs import ROOT, environment, launch, read_lines
 from runs import TIMES
 from slurm_cluster import NODES, Cluster, Job, Unavailable, eventually
 
-from lockstep.commands.sweep import read_sweep
+from lockstep.sweep.file import read_sweep
 
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
 SHELL_FILES = [*TEMPLATES, *sorted((ROOT / "slurm").glob("*.sh"))]

@@ -9,7 +9,7 @@ from lockstep.errors import UsageError, did_you_mean, one_line_errors
 COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
     "prepare": "fetch data and weights for machines without internet",
-    "sweep": "list the tasks of a sweep file, or train one of them",
+    "sweep": "list the tasks of a sweep file, train one of them, or all and compare them",
     "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
     "diagnose": "what is wrong with a run, if anything, and one thing to try",
     "verify": "recompute a part of a run and compare it bit by bit",

@@ -1,106 +1,17 @@
-"""Sweep files: the tasks they come to, what is refused, and train.py for one of them."""
+"""The command: the tasks of a sweep file, train.py for one of them, and all of them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, environment
+from programs import QUICK, ROOT, environment
 
-from lockstep.commands.sweep import main, read_sweep, spelled
+from lockstep.commands.sweep import main
 from lockstep.errors import UsageError
-from lockstep.settings.cli import parse_config
-
-FILES = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
-
-
-def written(folder: Path, text: str) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(text)
-    return path
-
-
-def test_grid_has_every_combination_and_the_last_parameter_changes_fastest(tmp_path: Path) -> None:
-    text = "method: grid\nparameters: {optim.lr: {values: [0.1, 0.2]}, run.seed: {values: [0, 1]}, "
-    text += "train.epochs: {value: 3}}"
-    sweep = read_sweep(written(tmp_path, text))
-    flags = [" ".join(spelled(task)) for task in sweep.tasks]
-    assert flags == [
-        f"--optim.lr={lr} --run.seed={seed} --train.epochs=3" for lr in ("0.1", "0.2") for seed in ("0", "1")
-    ]
-
-
-RANDOM = """
-name: {name}
-method: random
-run_cap: {count}
-parameters:
-  optim.lr: {{distribution: log_uniform_values, min: 0.001, max: 0.1}}
-  model.dropout: {{min: 0.1, max: 0.5}}
-  train.epochs: {{min: 2, max: 5}}
-  augment.mixup: {{values: [null, 0.2], probabilities: [0.9, 0.1]}}
-  schedule.peak: {{distribution: q_uniform, min: 0.1, max: 0.9, q: 0.1}}
-"""
-
-
-def test_random_tasks_follow_from_the_name_and_a_higher_count_adds_to_them(tmp_path: Path) -> None:
-    few, many, other = (
-        read_sweep(written(tmp_path, RANDOM.format(name=name, count=count))).tasks
-        for name, count in (("a", 5), ("a", 300), ("b", 5))
-    )
-    assert many[:5] == few and len(many) == 300 and set(map(str, few)).isdisjoint(map(str, other))
-    rates = [task["optim.lr"] for task in many]
-    assert 0.001 <= min(rates) and max(rates) <= 0.1
-    assert 0.35 < sum(rate < 0.01 for rate in rates) / 300 < 0.65, "uniform in the logarithm"
-    assert {task["train.epochs"] for task in many} == {2, 3, 4, 5}
-    assert 0.8 < sum(task["augment.mixup"] is None for task in many) / 300 < 0.98
-    assert {task["schedule.peak"] for task in many} == {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
-
-
-def test_draws_that_repeat_are_drawn_again_until_there_are_none(tmp_path: Path) -> None:
-    text = "method: random\nrun_cap: {}\nparameters: {{optim.lr: {{values: [1, 2, 3]}}, run.seed: {{values: [1, 2]}}}}"
-    tasks = read_sweep(written(tmp_path, text.format(6))).tasks
-    assert len({str(task) for task in tasks}) == 6
-    with pytest.raises(ValueError, match="no 7 different tasks can be drawn, only 6"):
-        read_sweep(written(tmp_path, text.format(7)))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("method: bayes\nparameters: {optim.lr: {min: 0, max: 1}}", "bayes needs W&B's server"),
-        ("method: grid\nparameters: {optim.rl: {values: [1]}}", "optim.rl is no setting .*Did you mean optim.lr"),
-        ("method: grid\nparameters: {data.workers: {values: [1, 2]}}", "data.workers is no setting that"),
-        ("method: grid\nparameters: {optim.lr: {min: 0, max: 1}}", "optim.lr needs `values`"),
-        ("method: grid\nparameters: {optim.lr: {values: [1, 1]}}", "optim.lr has a value twice"),
-        ("method: grid\nparameters: {optim.lr: 1}", "optim.lr needs `value`"),
-        ("method: random\nparameters: {optim.lr: {values: [1]}}", "needs `run_cap`"),
-        ("method: random\nrun_cap: 2\nparameters: {optim.lr: {distribution: beta}}", "beta is not one of constant"),
-        (
-            "method: random\nrun_cap: 2\nparameters: {optim.lr: {distribution: uniform, min: 1}}",
-            "uniform does not go with .*max",
-        ),
-        ("method: grid", "has no parameters"),
-        ("- a", "must hold method and parameters"),
-        ("a: [", "is not YAML"),
-        ("method: grid\nparameters: {optim.lr: {value: 1}}\ncommand: [python, x.py]", "command must name"),
-        ("method: grid\nparameters: {optim.lr: {value: 1}}\ncommand: 5", "command must be a list"),
-        ("method: grid\nparameters: {optim.lr: {values: [fast]}}", "optim.lr=fast: expected a number"),
-        ("method: grid\nparameters: {optim.lr: {values: [1e-3, 0.001]}}", "optim.lr has a value twice"),
-        ("method: grid\nparameters: {optim.lr: {value: 1}, optim.lr: {value: 2}}", "optim.lr stands there twice"),
-        ("method: grid\nparameters: {1: {value: 1}}", "1 is no setting"),
-        ("method: grid\nparameters: " + "[" * 100_000, "nested too deeply"),
-        (
-            f"method: random\nrun_cap: 10000\nparameters: {{optim.lr: {{values: {[1 / n for n in range(1, 9002)]}}}}}",
-            "no 10000 different tasks can be drawn, only 9001",
-        ),
-    ],
-)
-def test_what_cannot_be_enumerated_is_one_line_that_names_the_file(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message) as refusal:
-        read_sweep(written(tmp_path, text))
-    assert "sweep.yaml" in str(refusal.value) and "\n" not in str(refusal.value)
+from lockstep.launch.threads import owned_cores
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
@@ -108,37 +19,10 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
         main(["list", str(tmp_path / "none.yaml")])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every task parses and has a run folder of its own."""
-    monkeypatch.chdir(ROOT)
-    sweep = read_sweep(path)
-    configs = [parse_config(sweep.arguments_of(index)) for index in range(len(sweep.tasks))]
-    assert len({config.run.name for config in configs}) == len(configs) >= 6
-    assert {config.run.group for config in configs} == {path.stem}
-    assert f"configs/sweeps/{path.name}" in path.read_text()
-
-
-def test_there_are_a_grid_and_a_random_sweep() -> None:
-    assert {line for path in FILES for line in path.read_text().splitlines() if line.startswith("method:")} == {
-        "method: grid",
-        "method: random",
-    }
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_wandb_accepts_the_files(path: Path) -> None:
-    """The check that `wandb sweep` makes before it asks a server."""
-    from wandb.sdk.launch.sweeps.utils import load_sweep_config
-
-    config = load_sweep_config(str(path))
-    assert config and config["method"] in ("grid", "random") and config["program"] == "train.py"
-
-
 def run_sweep(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lockstep", "sweep", *arguments]
     surroundings = {key: value for key, value in environment(**extra).items() if not key.startswith("SLURM_")} | extra
-    return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300)
 
 
 def test_list_prints_a_line_per_task() -> None:
@@ -165,9 +49,41 @@ def test_run_is_train_with_the_tasks_settings() -> None:
         (["1", "--optim.lr=1"], "sets optim.lr for each task"),
         (["1", "--run.name=x"], "cannot share a run folder"),
         (["1", "--optim.lrr=1"], "unknown setting --optim.lrr"),
+        (["--optim.lrr=1"], "unknown setting --optim.lrr"),
+        (["--train.epochs=0"], "task 0 of configs/sweeps/digits_grid.yaml: --train.epochs=0 must be at least 1"),
+        (["1", "--jobs", "2"], "--jobs and --processes are for all tasks"),
+        (["--jobs", "0"], "0 is no whole number from 1 on"),
+        (["--jobs", "two"], "two is no whole number from 1 on"),
     ],
 )
 def test_run_refuses(arguments: list[str], message: str) -> None:
     done = run_sweep("run", "configs/sweeps/digits_grid.yaml", *arguments)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_of_several_processes_is_refused() -> None:
+    """Each of them would train every task."""
+    done = run_sweep("run", "configs/sweeps/digits_grid.yaml", WORLD_SIZE="2")
+    assert done.returncode == 2 and "use --processes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_is_trained_compared_and_drawn(tmp_path: Path) -> None:
+    """Two tasks at once; then one more epoch would be another sweep, and the same command trains nothing."""
+    path = tmp_path / "rates.yaml"
+    path.write_text("method: grid\nparameters: {optim.lr: {values: [0.01, 0.00001]}}\n")
+    command = ("run", str(path), "--jobs", "2", *QUICK, f"--run.root={tmp_path}", "--model.name=tiny_cnn")
+    done = run_sweep(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.splitlines()[-4:]
+    assert [line.split()[0] for line in table[:3]] == ["task", "0", "1"], "the better rate first"
+    folder = tmp_path / "sweep_rates"
+    assert {file.name for file in folder.iterdir()} == {
+        *("task_000.log", "task_001.log", "results.csv", "comparison.png")
+    }
+    summaries = [json.loads(file.read_text()) for file in tmp_path.glob("*/summary.json")]
+    assert [summary["threads"] for summary in summaries] == [max(1, owned_cores() // 2)] * 2
+    again = run_sweep(*command)
+    assert again.returncode == 0 and "2 tasks, 2 of them done before" in again.stdout
+    assert again.stdout.splitlines()[-4:] == table

@@ -223,6 +223,32 @@ def test_comparison_of_many_groups_tells_them_apart_and_of_equal_rates_leaves_th
     assert len(looks) == 12
 
 
+def test_comparison_of_long_trainings_shows_their_last_two_thirds(tmp_path: Path) -> None:
+    rising = [0.1, 0.3, 0.5, 0.7, 0.9, 0.92, 0.93, 0.93, 0.94, 0.95, 0.95, 0.96]
+    runs = [write_run(tmp_path / "one", None, lines(rising, digests="a" * 12))]
+    accuracy = plot_comparison(group_runs(read_runs(runs)), tmp_path / "comparison.png").axes[0]
+    assert accuracy.get_ylim() == pytest.approx((0.7 - 0.08 * 0.26, 0.96 + 0.08 * 0.26))
+    runs = [write_run(tmp_path / "short", None, lines(rising[:6]))]
+    assert plot_comparison(group_runs(read_runs(runs)), tmp_path / "comparison.png").axes[0].get_ylim()[0] < 0.1
+
+
+def test_comparison_of_rates_that_are_far_apart_is_logarithmic(tmp_path: Path) -> None:
+    rates = {0.001: 8, 1.0: 9}
+    runs = [
+        write_run(tmp_path / f"{lr}", finished(0.9), lines([0.5, 0.6], lr=lr), model__width=w)
+        for lr, w in rates.items()
+    ]
+    lr = plot_comparison(group_runs(read_runs(runs)), tmp_path / "comparison.png").axes[-1]
+    assert lr.get_yscale() == "log" and lr.get_ylim() == pytest.approx((1e-5, 1.5))
+    near = [
+        write_run(tmp_path / f"near {width}", None, lines([0.5], lr=0.1 * width), model__width=width)
+        for width in (1, 2)
+    ]
+    figure = plot_comparison(group_runs(read_runs(near)), tmp_path / "comparison.png")
+    assert figure.axes[-1].get_yscale() == "linear"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["model.width=1", "model.width=2"]
+
+
 def test_comparison_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
     groups = group_runs(read_runs([write_run(tmp_path / "begun $\x1b[31m", None, [])]))
     figure = plot_comparison(groups, tmp_path / "comparison.png")

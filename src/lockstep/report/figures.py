@@ -38,6 +38,8 @@ _PANELS = (
 )
 _LONGEST_LABEL = 80
 _LEGEND_LETTERS = 150
+_FAR_RATES = 20
+_LONG_EPOCHS = 9
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
@@ -62,7 +64,8 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
     if not groups:
         raise ValueError(f"no runs to draw in {path}")
     panels = panels_of(groups)
-    labels = [_label(group) for group in groups]
+    has_seeds = any(len(group.seeds) > 1 for group in groups)
+    labels = [_label(group, with_seeds=has_seeds) for group in groups]
     columns = max(1, min(len(groups), _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
     lines, rows = math.ceil(len(groups) / columns), math.ceil(len(panels) / 3)
     figure = _new_figure(12, 3.8 * rows + 0.24 * lines + 0.4)
@@ -71,13 +74,18 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
         _dress(axes, title)
         _scale(axes, percent=key == "accuracy")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        for index, group in enumerate(groups):
-            _draw_group(axes, group.curve(split, key), index, labels[index])
+        curves = [group.curve(split, key) for group in groups]
+        for index, shape in enumerate(curves):
+            _draw_group(axes, shape, index, labels[index])
         if not axes.lines:
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
+        if key == "lr":
+            _show_far_rates(axes)
+        else:
+            _show_late_epochs(axes, curves)
     handles = [_group_line(index, label) for index, label in enumerate(labels)]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    if any(len(group.seeds) > 1 for group in groups):
+    if has_seeds:
         legend.set_title("Line: mean over seeds; band: lowest to highest")
     return _save(figure, path)
 
@@ -221,9 +229,40 @@ def _rates_differ(groups: Sequence[Group]) -> bool:
     return any(ours != theirs for other in others for ours, theirs in zip(first, other, strict=False))
 
 
-def _label(group: Group) -> str:
+def _label(group: Group, *, with_seeds: bool) -> str:
     number = len(group.seeds)
-    return f"{_shorten(group.label, _LONGEST_LABEL)} ({number} seed{'s' * (number != 1)})"
+    return _shorten(group.label, _LONGEST_LABEL) + f" ({number} seed{'s' * (number != 1)})" * with_seeds
+
+
+def _show_late_epochs(axes: "Axes", curves: Sequence[Curve]) -> None:
+    """Let the beginning of a longer training run out of the panel: it is steep for all, and presses the ends together.
+
+    The scale is that of the last two thirds.
+    """
+    last = max((shape.epochs[-1] for shape in curves if len(shape.epochs)), default=0)
+    ends = [
+        value for shape in curves for values in (shape.low, shape.high) for value in values[shape.epochs >= last / 3]
+    ]
+    if last >= _LONG_EPOCHS and max(ends) > min(ends):
+        margin = 0.08 * (max(ends) - min(ends))
+        axes.set_ylim(min(ends) - margin, max(ends) + margin)
+
+
+def _show_far_rates(axes: "Axes") -> None:
+    """A logarithmic scale where one group's highest rate is far above another's, which would lie on the axis.
+
+    It ends two decades below the lowest of the highest rates: schedules fall to nothing at the end.
+    """
+    import numpy as np
+    from matplotlib.ticker import NullFormatter
+
+    highest = [float(np.asarray(line.get_ydata()).max()) for line in axes.lines]
+    if max(highest, default=0) > _FAR_RATES * min(highest, default=0) > 0:
+        shown = axes.yaxis.get_major_formatter()
+        axes.set_yscale("log")
+        axes.set_ylim(min(highest) / 100, max(highest) * 1.5)
+        axes.yaxis.set_major_formatter(shown)
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _group_line(index: int, label: str) -> "Line2D":
