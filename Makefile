@@ -73,7 +73,7 @@ soak: $(DEV_READY)
 
 # As root, with munge, slurmctld, slurmd and slurm-client: about a quarter of an hour on two cores.
 slurm-test: $(DEV_READY)
-	$(BIN)/python -m pytest tests/test_slurm.py tests/test_sweep.py tests/test_sync_wandb.py
+	$(BIN)/python -m pytest tests/test_slurm.py tests/test_sync_wandb.py
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .
