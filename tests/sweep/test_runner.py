@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from programs import ROOT
 
 from lockstep.files import read_json
@@ -169,6 +170,7 @@ def test_a_signal_lets_the_tasks_save_and_the_same_command_goes_on(tmp_path: Pat
     assert len((runs[0].path / "metrics.jsonl").read_text().splitlines()) == before + 2, "it went on"
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_waits_for_nobody(tmp_path: Path) -> None:
     process = started_sweep(tmp_path, "deaf")
     children = psutil.Process(process.pid).children()
@@ -180,6 +182,7 @@ def test_a_second_interrupt_waits_for_nobody(tmp_path: Path) -> None:
     assert process.returncode == 130 and err == "interrupted\n" and nobody_is_left(children)
 
 
+@pytest.mark.slow
 def test_tasks_save_and_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     process = started_sweep(tmp_path)
     children = psutil.Process(process.pid).children()
