@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.files import written_aside
 from lockstep.report.comparison import Curve, Group
+from lockstep.report.fonts import drawable, set_fonts
 from lockstep.run.history import Point, curve
 
 if TYPE_CHECKING:
@@ -341,11 +342,12 @@ def _lines(title: str) -> str:
 
 def _shorten(text: str, most: int) -> str:
     """A name as it can be drawn: `$` would begin a formula; control characters and bytes of no UTF-8 have no glyph."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
+    text = drawable("".join(letter if letter.isprintable() else "?" for letter in text)).replace("$", r"\$")
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _save(figure: "Figure", path: Path) -> "Figure":
+    set_fonts(figure)
     with written_aside(path) as file:
         figure.savefig(file, format="png", dpi=_DPI)
     return figure
