@@ -67,3 +67,35 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(UserError, match="pipe.safetensors is not a file"):
         load_weights(tmp_path / "pipe.safetensors")
+
+
+def network(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, classes))
+
+
+def test_a_head_for_other_classes_begins_anew_where_it_may() -> None:
+    model, given = network(5), network(2).state_dict()
+    head = model[2].weight.clone()  # type: ignore[index]
+    with pytest.raises(UserError, match="2 of another shape"):
+        put_weights(model, given, "there")
+    assert put_weights(model, given, "there", new_head=True) == ["2.weight", "2.bias"]
+    assert torch.equal(model[0].weight, given["0.weight"]) and torch.equal(model[2].weight, head)  # type: ignore[index]
+    same = network(2)
+    assert put_weights(same, given, "there", new_head=True) == []
+    assert torch.equal(same[2].weight, given["2.weight"])  # type: ignore[index]
+
+
+def test_another_body_is_no_new_head() -> None:
+    wider = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5)).state_dict()
+    with pytest.raises(UserError, match="of another shape"):
+        put_weights(network(5), wider, "there", new_head=True)
+    without_bias = {name: value for name, value in network(2).state_dict().items() if name != "2.bias"}
+    with pytest.raises(UserError, match="1 missing, for example 2.bias"):
+        put_weights(network(5), without_bias, "there", new_head=True)
+
+
+def test_a_run_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    best = checkpoint(tmp_path / "run" / "checkpoints" / "step_00000007", "model", "ema")
+    (tmp_path / "run" / "checkpoints" / "best").symlink_to(best.name)
+    assert load_weights(tmp_path / "run")["weight"].tolist() == [1, 1]

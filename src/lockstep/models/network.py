@@ -27,6 +27,10 @@ from lockstep.settings.config import Config, ModelConfig
 from lockstep.settings.registry import refuse_unused
 
 
+def _say_nothing(_: str) -> None:
+    """For those who only look at the network."""
+
+
 class Network(NamedTuple):
     """A builder, and the settings of `ModelConfig` that mean something to it."""
 
@@ -83,16 +87,21 @@ def _find_timm(name: str) -> Network:
     )
 
 
-def build_network(config: Config, data: Data, device: torch.device, *, resumes: bool) -> nn.Module:
+def build_network(
+    config: Config, data: Data, device: torch.device, *, resumes: bool, say: Callable[[str], None] = _say_nothing
+) -> nn.Module:
     """The network for this data, in `runtime.dtype` and channels_last memory; the caller seeds torch first.
 
     Published weights, or those of `model.checkpoint`, are not fetched if the run `resumes`: a checkpoint will replace
-    them. Raises UserError if the network cannot take the images or the weights are another network's.
+    them. Weights for another number of classes leave the last layer as it was drawn, and `say` tells.
+    Raises UserError if the network cannot take the images or the weights are another network's.
     """
     model_config = replace(config.model, pretrained=False) if resumes else config.model
     model = build_model(model_config, data.image_shape, data.num_classes)
     if config.model.checkpoint and not resumes:
-        put_weights(model, load_weights(path_of(config.model.checkpoint)), config.model.checkpoint)
+        weights = load_weights(path_of(config.model.checkpoint))
+        if new := put_weights(model, weights, config.model.checkpoint, new_head=True):
+            say(f"{config.model.checkpoint} was for another number of classes: {' and '.join(new)} begin anew")
     if config.runtime.sync_batchnorm:
         model = convert_to_sync_batchnorm(model, device)
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)

@@ -14,7 +14,12 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def load_weights(place: Path, *, verify: bool = True) -> dict[str, Tensor]:
-    """Weights for evaluation from a .safetensors file or a checkpoint folder (its average, if it has one)."""
+    """Weights for evaluation from a .safetensors file, or the average, if there is one, of a checkpoint folder.
+
+    A run folder stands for its best checkpoint.
+    """
+    if (place / "checkpoints" / "best").is_dir():
+        place = place / "checkpoints" / "best"
     if place.is_dir():
         problem = manifest_problem(place, ["model.safetensors"]) if verify else None
         if problem:
@@ -31,9 +36,16 @@ def load_weights(place: Path, *, verify: bool = True) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {place} cannot be read: {damage}") from damage
 
 
-def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights into a network; raises UserError naming what does not fit."""
+def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, new_head: bool = False) -> list[str]:
+    """Load weights into a network; raises UserError naming what does not fit.
+
+    With `new_head` the last layer may be for another number of classes, and then keeps its own weights, whose names
+    are returned.
+    """
     own = model.state_dict()
+    head = _head_for_other_classes(own, weights) if new_head else []
+    own = {name: value for name, value in own.items() if name not in head}
+    weights = {name: value for name, value in weights.items() if name not in head}
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or unknown or shapes:
@@ -43,3 +55,12 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
     with torch.no_grad():
         for name, value in own.items():
             local(value).copy_(local(part_of(weights[name], value)))
+    return head
+
+
+def _head_for_other_classes(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """The names of the last layer's weights, if they differ from those given in their first size, and only there."""
+    layer = [name for name, value in own.items() if value.ndim >= 2][-1].rpartition(".")[0]
+    names = [name for name in own if name.rpartition(".")[0] == layer and name in weights]
+    others = {name: (own[name].shape, weights[name].shape) for name in names if own[name].shape != weights[name].shape}
+    return names if others and all(mine[1:] == given[1:] for mine, given in others.values()) else []

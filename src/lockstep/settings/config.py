@@ -206,7 +206,7 @@ class ModelConfig(_Section):
     pretrained: bool = False
     """Start from timm's published weights (network or hub cache needed)"""
     checkpoint: str | None = None
-    """Start from the weights of this .safetensors file or checkpoint folder"""
+    """Start from the weights of this .safetensors file, checkpoint or run; for other classes the last layer is new"""
     summary: bool = False
     """Print the layer table, parameters and FLOPs"""
 

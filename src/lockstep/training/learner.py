@@ -68,7 +68,7 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
     """
     check_names(config)
     seed_run(config.run.seed)
-    model = build_network(config, data, launch.device, resumes=resumes)
+    model = build_network(config, data, launch.device, resumes=resumes, say=launch.say)
     shard(model, launch, compress_gradients=config.runtime.compress_gradients)
     average = build_average(config.train, model)
     bare_optimizer = build_optimizer(config.optim, model, may_fuse=not launch.fsdp)
