@@ -50,6 +50,7 @@ FILES = ("config.yaml", "ema.safetensors", "model.safetensors", "optimizer.pt", 
 OPTIMIZERS = {
     "momentum": OptimConfig(name="sgd", lr=0.1, momentum=0.9),
     "adamw": OptimConfig(name="adamw", lr=0.01, weight_decay=0.1),
+    **{name: OptimConfig(name=name, lr=0.01) for name in ("nadamw", "lion", "adopt", "lamb", "muon")},
 }
 
 

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import timm
+import timm.optim
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from lockstep.errors import UserError
 from lockstep.settings.config import OptimConfig
-from lockstep.training.optim import add_l1_gradient, build_optimizer, set_lr, update
+from lockstep.training.optim import OPTIMIZERS, add_l1_gradient, build_optimizer, set_lr, update
 
 # Our settings, and what a user of torch would write for the same optimizer.
 CASES = {
@@ -21,6 +22,11 @@ CASES = {
     "rmsprop": ({"momentum": 0.5}, torch.optim.RMSprop, {"momentum": 0.5}),
     "adagrad": ({}, torch.optim.Adagrad, {}),
     "adadelta": ({}, torch.optim.Adadelta, {}),
+    "nadamw": ({}, timm.optim.NAdamW, {}),
+    "lion": ({}, timm.optim.Lion, {}),
+    "adopt": ({}, timm.optim.Adopt, {}),
+    "lamb": ({}, timm.optim.Lamb, {}),
+    "muon": ({}, timm.optim.Muon, {}),
 }
 FUSED = {"sgd", "adam", "adamw", "adagrad"}
 
@@ -45,9 +51,10 @@ def test_same_updates_as_torch(case: str) -> None:
     settings, kind, keywords = CASES[case]
     name = case.split("-")[0]
     mine, theirs = network(), network()
+    loops = {} if kind is timm.optim.Muon else {"foreach": False}
     optimizer = build_optimizer(OptimConfig(name, lr=0.05, weight_decay=0.01, **settings), mine)
     train(mine, optimizer)
-    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.01, foreach=False, **keywords))
+    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.01, **loops, **keywords))
     assert optimizer.defaults.get("fused") is (True if name in FUSED else None)
     for one, other, start in zip(mine.parameters(), theirs.parameters(), network().parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
@@ -78,7 +85,8 @@ def test_a_bad_step_changes_neither_weights_nor_state(case: str, dtype: torch.dt
     assert all(torch.equal(weights[name], value) and value.isfinite().all() for name, value in expected_weights.items())
     assert not torch.equal(weights["0.weight"], network(dtype)[0].weight)
     for number, state in expected_states.items():
-        assert all(torch.equal(states[number][name], value) for name, value in state.items()), number
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(states[number][name]), torch.as_tensor(value)), (number, name)
 
 
 def test_adamw_decays_only_as_configured() -> None:
@@ -86,15 +94,16 @@ def test_adamw_decays_only_as_configured() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_takes_a_float32_step(name: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model = network(torch.float32).to(device)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = build_optimizer(OptimConfig(name, lr=0.1), model)
-    model(torch.randn(8, 1, 4, 4, device=device)).square().mean().backward()
-    optimizer.step()
+    for _ in range(2):  # adopt's first step only looks
+        model(torch.randn(8, 1, 4, 4, device=device)).square().mean().backward()
+        optimizer.step()
     assert all(not torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
 
 

@@ -332,7 +332,7 @@ def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any])
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
-            if value.shape == parameter.shape:
+            if not isinstance(value, bool | int | float) and value.shape == parameter.shape:  # as timm's Muon keeps
                 kept[name] = part_of(value, parameter)
 
 

@@ -231,7 +231,7 @@ class OptimConfig(_Section):
     _name = "optim"
 
     name: str = "adamw"
-    """Optimizer (sgd, adamw, ...), with torch's own defaults for what is not set here"""
+    """Optimizer (sgd, adamw, lamb, muon, ...), with torch's or timm's own defaults for what is not set here"""
     lr: float = 1e-3
     """Highest learning rate"""
     weight_decay: float = 0.0

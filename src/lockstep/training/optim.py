@@ -3,7 +3,7 @@
 The learning rate is not the optimizer's business: schedule.py computes it and `set_lr` writes it before every step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,24 @@ from lockstep.settings.registry import choose
 class Record(NamedTuple):
     """An optimizer of torch's interface, and what this project must know of it."""
 
-    build: type[torch.optim.Optimizer]
+    build: Callable[..., torch.optim.Optimizer]
     settings: frozenset[str] = frozenset()
     """Settings of OptimConfig that are arguments of its own"""
     fused_on: frozenset[str] = frozenset()
     """Device types with a fused kernel in every torch we support"""
+    takes_shards: bool = True
+    """Whether its update of a part of a tensor is that part of its update of the tensor; not where norms decide"""
+
+
+def _of_timm(name: str) -> Record:
+    """timm's optimizer of that class name, with timm's own defaults."""
+
+    def build(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        from timm import optim  # here, because timm takes seconds to import
+
+        return getattr(optim, name)(parameters, **options)
+
+    return Record(build, takes_shards=False)
 
 
 OPTIMIZERS = {
@@ -34,6 +47,11 @@ OPTIMIZERS = {
     "rmsprop": Record(torch.optim.RMSprop, frozenset({"momentum"})),
     "adagrad": Record(torch.optim.Adagrad, fused_on=frozenset({"cpu"})),  # for CUDA since torch 2.12
     "adadelta": Record(torch.optim.Adadelta),
+    "nadamw": _of_timm("NAdamW"),
+    "lion": _of_timm("Lion"),
+    "adopt": _of_timm("Adopt"),
+    "lamb": _of_timm("Lamb"),  # of the recipes A1 to A3
+    "muon": _of_timm("Muon"),  # weights of two dimensions and more; AdamW for the rest
 }
 
 
@@ -42,16 +60,19 @@ def build_optimizer(config: OptimConfig, model: nn.Module, *, may_fuse: bool = T
 
     Build it when `model` is on its device and has its dtype: the choice of kernel (and Adagrad's state) follows them.
     The fused kernels of torch 2.15 take sharded tensors for Adam only, and no flag for bad steps with them.
-    Everything that `config` does not set has torch's default. With `decay_all=false` biases and norm parameters (one
-    dimension or none) form a second group without weight decay, as in He et al. 2019, https://arxiv.org/abs/1812.01187,
-    and so do those that a timm model's `no_weight_decay` names, such as position embeddings.
+    Everything that `config` does not set has torch's (or timm's) default. With `decay_all=false` biases and norm
+    parameters (one dimension or none) form a second group without weight decay, as in He et al. 2019,
+    https://arxiv.org/abs/1812.01187, and so do those that a timm model's `no_weight_decay` names, such as position
+    embeddings.
     The order within a group is that of `model.parameters()`, so equal models give interchangeable state dicts.
-    Raises UserError for an unknown name and for a model without trainable parameters.
+    Raises UserError for an unknown name, a model without trainable parameters, and sharded ones that it cannot take.
     """
     record = choose(OPTIMIZERS, "optim.name", config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise UserError(f"{type(model).__name__} has no trainable parameter: unfreeze some before training")
+    if not record.takes_shards and any(map(is_sharded, parameters)):
+        raise UserError(f"--optim.name={config.name} needs whole weights: leave --runtime.fsdp out")
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     options |= {setting: getattr(config, setting) for setting in record.settings}
     if may_fuse and _can_fuse(record, parameters):
