@@ -1,6 +1,5 @@
 """Offline without a server, one W&B run for life, and never in the way."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,22 +12,6 @@ from logs import configured, train_record
 
 from lockstep.run.history import read_history
 from lockstep.run.tracker import build_tracker
-
-
-@pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch) -> Path:
-    """A machine without W&B login; everything W&B writes stays in tmp_path."""
-    import wandb
-
-    wandb.teardown()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setattr(sys, "stdin", None)  # a prompt would fail
-    yield tmp_path / "home"
-    wandb.teardown()
 
 
 def wandb_data(run_dir: Path) -> bytes:

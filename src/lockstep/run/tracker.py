@@ -1,7 +1,7 @@
 """Everything a run writes down while it trains: metrics.jsonl, its copies, and what the console shows.
 
 metrics.jsonl is the source of truth and the only one whose failure ends training. A copy that fails is dropped with
-one warning line. Numbers of a record become scalars named `<split>/<field>` there.
+one warning line. `history.scalars_of` says what of a record they get.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lockstep.errors import first_line
 from lockstep.files import plain, write_json
 from lockstep.run.console import Console
-from lockstep.run.history import ENVIRONMENT, HISTORY, numbers_of, read_starts, truncate_history
+from lockstep.run.history import ENVIRONMENT, HISTORY, read_starts, scalars_of, truncate_history
 from lockstep.settings.config import Config
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _logger = logging.getLogger(__name__)
-
-_AXES = ("step", "epoch", "position")
 
 
 class Sink(Protocol):
@@ -79,8 +77,7 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Append one record (see the module's text) to metrics.jsonl, copy its numbers, and show it.
 
-        `train_val_loss_ratio` keeps its plain name in the copies. Raises OSError, naming the file, if it cannot be
-        written: a full disk.
+        Raises OSError, naming the file, if it cannot be written: a full disk.
         """
         if self._file is None:
             return
@@ -92,11 +89,8 @@ class Tracker:
             self._file.write((json.dumps(plain(record)) + "\n").encode())
         except OSError as error:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self._path)) from error
-        numbers = numbers_of(record)
-        self._step = int(numbers.get("step", self._step))
-        axes = {key: numbers.pop(key) for key in _AXES if key in numbers}
-        split = record.get("split", "train")
-        values = {key if key == "train_val_loss_ratio" else f"{split}/{key}": value for key, value in numbers.items()}
+        axes, values = scalars_of(record)
+        self._step = int(axes.get("step", self._step))
         self._each(lambda sink: sink.scalars(self._step, axes, values))
         if self._console is not None:
             self._console.show(record)

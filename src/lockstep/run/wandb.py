@@ -22,6 +22,7 @@ from lockstep.errors import first_line
 from lockstep.files import plain, replace_file
 from lockstep.settings.config import Config
 
+QUIET: dict[str, Any] = {"silent": True, "console": "off"}
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 120.0
 
@@ -34,23 +35,15 @@ def open_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None
 
 def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
     wanted = config.log.wandb
-    quiet: dict[str, Any] = {"silent": True, "console": "off"}
     forced: dict[str, Any] = {} if wanted == "auto" else {"mode": wanted}
-    session = wandb.setup(wandb.Settings(**quiet, **forced)).settings
+    session = wandb.setup(wandb.Settings(**QUIET, **forced)).settings
     if session.mode == "disabled":  # auto, and WANDB_MODE=disabled
         return None
-    options: dict[str, Any] = {
-        "id": _wandb_id(run_dir, session.run_id),
+    options = describe_run(config, run_dir, environment) | {
+        "id": run_id(run_dir, session.run_id),
         "resume": "allow",
         "dir": str(run_dir),
-        "name": run_dir.name,
-        "project": config.log.project,
-        "group": config.run.group,
-        "tags": config.run.tags,
-        "notes": config.run.notes,
-        "config": {**asdict(config), "environment": plain(environment or {})},
-        "allow_val_change": True,
-        "settings": wandb.Settings(**quiet, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+        "settings": wandb.Settings(**QUIET, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
     }
     if session.mode not in ("offline", "dryrun"):  # WANDB_MODE and `wandb offline` count where the flag says auto
         try:
@@ -69,13 +62,31 @@ def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None,
     return run
 
 
-def _wandb_id(run_dir: Path, given: str | None) -> str:
+def describe_run(config: Config, run_dir: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
+    """What `wandb.init` is told of a training, live or later: its name, where it belongs, and its settings."""
+    return {
+        "name": run_dir.resolve().name,
+        "project": config.log.project,
+        "group": config.run.group,
+        "job_type": "train",
+        "tags": config.run.tags,
+        "notes": config.run.notes,
+        "config": {**asdict(config), "environment": plain(environment or {})},
+        "allow_val_change": True,
+    }
+
+
+def run_id(run_dir: Path, given: str | None = None) -> str:
     """The id of the run's one W&B run: the stored one, else the one a sweep agent gave, else a new one; stored."""
     path = run_dir / "wandb" / "run_id"
     if path.exists() and (stored := path.read_text().strip()):
         return stored
-    fresh = given or secrets.token_hex(4)
-    replace_file(path, fresh.encode())
+    return store_run_id(run_dir, given or secrets.token_hex(4))
+
+
+def store_run_id(run_dir: Path, fresh: str) -> str:
+    """From now on this is the id of the run's one W&B run."""
+    replace_file(run_dir / "wandb" / "run_id", fresh.encode())
     return fresh
 
 
