@@ -32,6 +32,7 @@ from lockstep.launch.threads import keep_threads
 from lockstep.lease import Lease
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
+from lockstep.report.exhibits import layer_table
 from lockstep.report.milestones import Training, finish, log, pause, save, validate
 from lockstep.report.summary import Diverged, changed_numerics, open_tracker
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
@@ -112,6 +113,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     tracker = open_tracker(run, launch, data, sampler, progress, calendar)
     if progress.step == 0:
         tracker.graph(learner.model, next(learner.model.parameters()).new_zeros(1, *data.image_shape))
+        tracker.exhibit("layers", lambda: layer_table(learner.model))
     meter = Meter(progress, loader.numbers, leaves, accelerator)
     stopwatch, profiler = Stopwatch(progress), Profiler(config.runtime, run.path, launch)
     return Training(

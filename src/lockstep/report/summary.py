@@ -18,8 +18,9 @@ from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
+from lockstep.report.exhibits import share_files, show_results
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
-from lockstep.report.predictions import class_names, pixels
+from lockstep.report.predictions import class_names, pixels, worst_mistakes
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history, read_starts
@@ -80,7 +81,9 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calen
     }
     if tracker.is_main:
         run.write_summary(**summary)
-    tracker.say(f"stopped after step {progress.step} ({preemption.cause}), saved; the same command continues")
+    told = f"stopped after step {progress.step} ({preemption.cause}), saved; the same command continues"
+    tracker.say(told)
+    tracker.alert(f"{run.path.name} was stopped", told)
     tracker.finish(summary)
     return preemption.leave(progress.step)
 
@@ -104,12 +107,14 @@ def report_divergence(run: Run, tracker: Tracker, progress: Progress, sampler: S
         batch = sampler.microbatches(range(step, step + 1), range(sampler.microbatches_per_step))
         write_json(place, {"step": progress.step, "samples": [microbatch.samples for microbatch in batch]})
     bad = progress.bad_steps
-    tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
     steps = f"steps {step + 2 - bad.in_a_row} to {progress.step}" if bad.in_a_row else "the test after all steps"
-    raise Diverged(
+    told = (
         f"{run.path} diverged: {steps} had no finite loss or gradient "
         f"(samples of the last one: {place}); try a lower --optim.lr, --schedule.warmup_epochs or --optim.clip_norm"
     )
+    tracker.alert(f"{run.path.name} diverged", told)
+    tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
+    raise Diverged(told)
 
 
 def report_training(
@@ -137,13 +142,17 @@ def report_training(
         try:
             for name, path in draw_figures(run, predictions, data).items():
                 tracker.figure(name, path)
+            show_results(tracker, predictions, data)
         except Exception as problem:  # whatever it is: no picture is worth a finished training
             _logger.warning("the figures of %s could not be drawn: %r", run.path, problem)
+    if run.config.log.artifacts:
+        share_files(run, tracker)
     run.write_summary(**summary)
-    tracker.say(
-        f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']}), "
-        f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
+    result = (
+        f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']})"
     )
+    tracker.say(f"{result}, {summary['images_per_second']:,.0f} images/s. Everything is in {run.path}")
+    tracker.alert(f"{run.path.name} is finished", result)
     tracker.finish(summary)
 
 
@@ -181,8 +190,7 @@ def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Pa
     first = np.arange(min(_GALLERY, len(data.train)))
     labels = data.train.labels[: len(first)].tolist()
     plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], paths["samples"])
-    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    worst = wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:_GALLERY]
+    worst = worst_mistakes(predictions, _GALLERY)
     if not len(worst):
         del paths["mistakes"]
         return paths

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from lockstep.run.exhibit import Exhibit
 from lockstep.run.history import numbers_of
 from lockstep.settings.config import Config
 
@@ -44,6 +45,12 @@ class TensorBoard:
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
         # A copy on the CPU: tracing must not touch the running statistics, the device or its memory.
         self._writer.add_graph(copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu())
+
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None:
+        """TensorBoard has the figures, which show the same."""
+
+    def alert(self, title: str, text: str) -> None:
+        """TensorBoard writes to nobody."""
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         if summary.get("state", "finished") == "finished" and exit_code == 0:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lockstep.errors import first_line
 from lockstep.files import plain, write_json
 from lockstep.run.console import Console
+from lockstep.run.exhibit import Exhibit
 from lockstep.run.history import ENVIRONMENT, HISTORY, read_starts, scalars_of, truncate_history
 from lockstep.settings.config import Config
 
@@ -38,6 +39,8 @@ class Sink(Protocol):
     def image(self, step: int, name: str, path: Path) -> None: ...
     def text(self, step: int, name: str, text: str) -> None: ...
     def graph(self, model: "nn.Module", images: "torch.Tensor") -> None: ...
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None: ...
+    def alert(self, title: str, text: str) -> None: ...
     def close(self, summary: dict[str, Any], exit_code: int) -> None: ...
 
 
@@ -112,6 +115,16 @@ class Tracker:
     def text(self, name: str, text: str) -> None:
         """Copy a text (Markdown in TensorBoard) to W&B and TensorBoard."""
         self._each(lambda sink: sink.text(self._step, name, text))
+
+    def exhibit(self, name: str, build: Callable[[], Exhibit]) -> None:
+        """Show something to the copies, at the step of the last record; it is built only where there is a copy."""
+        if self._sinks:
+            item = build()
+            self._each(lambda sink: sink.exhibit(self._step, name, item))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B write to whoever wants to be told (by W&B's own settings), if it is online."""
+        self._each(lambda sink: sink.alert(title, text))
 
     def graph(self, model: "nn.Module", images: "torch.Tensor") -> None:
         """Draw the unwrapped network in TensorBoard, traced with the first image of (N, C, H, W); never fatal.

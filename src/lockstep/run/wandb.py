@@ -20,10 +20,12 @@ from torch import nn
 
 from lockstep.errors import first_line
 from lockstep.files import plain, replace_file
+from lockstep.run.exhibit import Artifact, Confusion, Exhibit, Gallery, Table
 from lockstep.settings.config import Config
 
 QUIET: dict[str, Any] = {"silent": True, "console": "off"}
 INIT_SECONDS = 30.0
+CALL_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 
 
@@ -118,30 +120,68 @@ class Wandb:
         run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, axes: dict[str, float], values: dict[str, float]) -> None:
-        self._run.log({**axes, **values, "step": step})
+        self._log(step, lambda: {**axes, **values})
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self._run.log({"step": step, name: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
+        self._log(step, lambda: {name: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
 
     def image(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: wandb.Image(str(path))})
+        self._log(step, lambda: {name: wandb.Image(str(path))})
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._run.summary[name] = text
+        _limited(CALL_SECONDS, lambda: self._run.summary.update({name: text}))
 
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
         """W&B has no picture of a network."""
+
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None:
+        if isinstance(item, Artifact):
+            _limited(CALL_SECONDS, lambda: self._keep(f"{name}-{self._run.id}", item))
+        else:
+            self._log(step, lambda: {name: _as_media(item)})
+
+    def alert(self, title: str, text: str) -> None:
+        if not self._run.offline:  # later it would be news of the past
+            _limited(CALL_SECONDS, lambda: self._run.alert(title, text))
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         def finish() -> None:
             self._run.summary.update(summary)
             self._run.finish(exit_code=exit_code)
 
-        try:
-            _within(1.25 * FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
-        except TimeoutError:
-            _abandon_wandb()
-            raise
+        _limited(1.25 * FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
+
+    def _log(self, step: int, build: Callable[[], dict[str, Any]]) -> None:
+        _limited(CALL_SECONDS, lambda: self._run.log({**build(), "step": step}))
+
+    def _keep(self, name: str, item: Artifact) -> None:
+        artifact = wandb.Artifact(name, item.kind)
+        for path in item.files:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact, aliases=list(item.aliases))
+
+
+def _as_media(item: Table | Gallery | Confusion) -> Any:
+    """What W&B draws it with."""
+    if isinstance(item, Table):
+        return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
+    if isinstance(item, Gallery):
+        return [wandb.Image(image, caption=text) for image, text in zip(item.images, item.captions, strict=True)]
+    return wandb.plot.confusion_matrix(
+        y_true=item.labels.tolist(),
+        preds=item.predicted.tolist(),
+        class_names=list(item.classes),
+        title="Confusion matrix",
+    )
+
+
+def _limited(seconds: float, action: Callable[[], None]) -> None:
+    """Run an action of W&B that may hang; raises what it raises, or TimeoutError, and W&B's process is ended then."""
+    try:
+        _within(seconds, action)
+    except TimeoutError:
+        _abandon_wandb()
+        raise
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:

@@ -433,6 +433,8 @@ class LogConfig(_Section):
     """Write histograms of gradients and weights every this many steps; default: never"""
     figures: bool = True
     """Draw the run's pictures: curves, confusion matrix, samples"""
+    artifacts: bool = False
+    """Give W&B the best and the last weights and a split that was drawn, as versioned artifacts: they are uploaded"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")
@@ -497,7 +499,7 @@ _SHAPELESS = {
         "stuck_seconds",
     },
     "checkpoint": {"every_steps", "every_epochs", "keep_last", "keep_every_steps"},
-    "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
+    "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures", "artifacts"},
 }
 
 
