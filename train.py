@@ -35,6 +35,7 @@ from lockstep.randomness import seed_microbatch
 from lockstep.report.exhibits import layer_table
 from lockstep.report.milestones import Training, finish, log, pause, save, validate
 from lockstep.report.summary import Diverged, changed_numerics, open_tracker
+from lockstep.run.accelerate import require_trackers
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
@@ -57,6 +58,7 @@ def train(config: Config) -> int:
     Raises UserError for what the user can mend.
     """
     check_names(config)
+    require_trackers(config.log.trackers)
     accelerator, launch = build_accelerator(config.runtime)
     launch.require_alike("settings", common_settings(config))
     run = open_run(config, launch)

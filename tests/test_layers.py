@@ -84,6 +84,7 @@ ORDER = [
     "run.digest",
     "run.console",
     "run.exhibit",
+    "run.accelerate",
     "run.tensorboard",
     "run.wandb",
     "run.tracker",

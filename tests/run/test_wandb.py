@@ -1,5 +1,6 @@
 """Offline without a server, one W&B run for life, and never in the way."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logs import configured, train_record
+from logs import configured, train_record, wandb_records
 
 from lockstep.run.console import Console
 from lockstep.run.exhibit import Artifact, Confusion, Gallery, Table
@@ -110,6 +111,22 @@ def test_wandb_that_cannot_start_is_one_warning(tmp_path: Path, wandb_home: Path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("warning: W&B is off (") and len(lines) == 2
     assert len(read_history(tmp_path)) == 1
+
+
+def test_tables_wait_for_their_upload_in_the_run_folder(tmp_path: Path, wandb_home: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    tracker = build_tracker(configured(wandb="offline"), tmp_path / "run", is_main=True)
+    tracker.exhibit("layers", lambda: Table(("layer", "parameters"), [("conv", 9), ("head", 20)]))
+    tracker.finish({})
+    records = wandb_records(next((tmp_path / "run" / "wandb").glob("offline-run-*")))
+    staged = [
+        Path(entry["local_path"])
+        for record in records
+        if record["type"] == "artifact"
+        for entry in record["artifact"]["manifest"]["contents"]
+    ]
+    assert len(staged) == 1 and staged[0].parent == tmp_path / "run" / "wandb" / "artifacts" / "staging"
+    assert json.loads(staged[0].read_text())["data"] == [["conv", 9], ["head", 20]]
 
 
 class FakeRun:

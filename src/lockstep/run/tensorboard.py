@@ -1,7 +1,6 @@
 """The copy of a run in TensorBoard's event files."""
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lockstep.run.exhibit import Exhibit
 from lockstep.run.history import numbers_of
-from lockstep.settings.config import Config
+from lockstep.settings.config import Config, plain_settings
 
 
 class TensorBoard:
@@ -54,11 +53,6 @@ class TensorBoard:
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         if summary.get("state", "finished") == "finished" and exit_code == 0:
-            settings = {
-                f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
-                for section, values in asdict(self._config).items()
-                for key, value in values.items()
-            }
             final = {f"final/{key}": value for key, value in numbers_of(summary).items()}
-            self._writer.add_hparams(settings, final, run_name=".")
+            self._writer.add_hparams(plain_settings(self._config), final, run_name=".")
         self._writer.close()

@@ -183,6 +183,13 @@ def _open_sinks(
                 sinks.append(Wandb(run))
     except Exception as error:
         say(f"warning: W&B is off ({first_line(error)})")
+    for name in config.log.trackers:
+        try:
+            from lockstep.run.accelerate import AccelerateTracker
+
+            sinks.append(AccelerateTracker(name, config, run_dir))
+        except Exception as error:
+            say(f"warning: {name} is off ({first_line(error)})")
     return sinks
 
 

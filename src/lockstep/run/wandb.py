@@ -4,6 +4,7 @@ An unreachable server, or one that hangs, holds up neither training nor its end 
 """
 
 import contextlib
+import os
 import secrets
 import signal
 import threading
@@ -41,6 +42,8 @@ def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None,
     session = wandb.setup(wandb.Settings(**QUIET, **forced)).settings
     if session.mode == "disabled":  # auto, and WANDB_MODE=disabled
         return None
+    # Copies of tables and artifacts belong to the run, not into a home that may be full.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
     options = describe_run(config, run_dir, environment) | {
         "id": run_id(run_dir, session.run_id),
         "resume": "allow",
