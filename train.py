@@ -32,8 +32,10 @@ from lockstep.launch.threads import keep_threads
 from lockstep.lease import Lease
 from lockstep.models.summary import summarize_model
 from lockstep.randomness import seed_microbatch
+from lockstep.report.exhibits import layer_table
 from lockstep.report.milestones import Training, finish, log, pause, save, validate
 from lockstep.report.summary import Diverged, changed_numerics, open_tracker
+from lockstep.run.accelerate import require_trackers
 from lockstep.run.checkpoint import Checkpointer, find_checkpoint
 from lockstep.run.folder import Run, open_run
 from lockstep.run.profiler import Profiler
@@ -56,6 +58,7 @@ def train(config: Config) -> int:
     Raises UserError for what the user can mend.
     """
     check_names(config)
+    require_trackers(config.log.trackers)
     accelerator, launch = build_accelerator(config.runtime)
     launch.require_alike("settings", common_settings(config))
     run = open_run(config, launch)
@@ -112,6 +115,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     tracker = open_tracker(run, launch, data, sampler, progress, calendar)
     if progress.step == 0:
         tracker.graph(learner.model, next(learner.model.parameters()).new_zeros(1, *data.image_shape))
+        tracker.exhibit("layers", lambda: layer_table(learner.model))
     meter = Meter(progress, loader.numbers, leaves, accelerator)
     stopwatch, profiler = Stopwatch(progress), Profiler(config.runtime, run.path, launch)
     return Training(

@@ -83,10 +83,13 @@ ORDER = [
     "run.environment",
     "run.digest",
     "run.console",
+    "run.exhibit",
+    "run.accelerate",
     "run.tensorboard",
     "run.wandb",
     "run.tracker",
     "run.folder",
+    "run.rebuild",
     "run.checkpoint",
     "run.profiler",
     "report.comparison",
@@ -95,6 +98,7 @@ ORDER = [
     "report.figures",
     "report.comparison_page",
     "report.predictions",
+    "report.exhibits",
     "report.diagnosis",
     "report.run_page",
     "report.summary",
@@ -108,12 +112,13 @@ ORDER = [
     "commands.prepare",
     "commands.sweep",
     "commands.compare",
+    "commands.upload",
     "commands.verify",
     "commands.diagnose",
     "commands.doctor",
     "__main__",
 ]
-ON_DEMAND = {"run.tensorboard", "run.wandb", "models.timm_models"}
+ON_DEMAND = {"run.tensorboard", "run.wandb", "run.rebuild", "models.timm_models"}
 """Modules that import a library of seconds, and are themselves imported only where they are needed"""
 PROGRAMS = {"train": 180, "eval": 120}
 """The two programs on top, and how many lines each may have"""

@@ -170,6 +170,14 @@ class Lease:
             aside.unlink()
 
 
+def owner_of(path: Path) -> Owner | None:
+    """Who holds a lease, by its file; None for one that has ended, or of whom there was no sign for minutes."""
+    owner = _read(path)
+    if owner is None or owner.is_gone or (not owner.is_here and time.time() - owner.beat > ANCIENT_SECONDS):
+        return None
+    return owner
+
+
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, if nobody has that name; a copy where the file system knows no such links."""
     try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import COLOUR, GREY, build
 
-from lockstep.models.summary import summarize_model
+from lockstep.models.summary import layer_rows, summarize_model
 
 
 def test_the_summary_counts_and_leaves_the_model_alone() -> None:
@@ -22,6 +22,13 @@ def test_the_summary_counts_and_leaves_the_model_alone() -> None:
     assert rows["features.block2.0"] == ["features.block2.0", "Conv2d", "64x14x14", "18,432"]
     assert rows["head.11"] == ["head.11", "Linear", "10", "1,290"]
     assert "parameters: 354,858" in text
+
+
+def test_layers_are_listed_without_a_pass_through_the_network() -> None:
+    rows = {name: rest for name, *rest in layer_rows(build("fashion_cnn"))}
+    assert rows["features.block2.0"] == ["Conv2d", "64x32x3x3", 18432]
+    assert rows["head.11"] == ["Linear", "10x128", 1290]
+    assert sum(count for _, _, count in rows.values()) == 354858
 
 
 def test_the_summary_counts_flops_by_hand() -> None:

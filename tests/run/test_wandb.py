@@ -1,34 +1,24 @@
 """Offline without a server, one W&B run for life, and never in the way."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from logs import configured, train_record
+from logs import configured, train_record, wandb_records
 
+from lockstep.run.console import Console
+from lockstep.run.exhibit import Artifact, Confusion, Gallery, Table
 from lockstep.run.history import read_history
-from lockstep.run.tracker import build_tracker
-
-
-@pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch) -> Path:
-    """A machine without W&B login; everything W&B writes stays in tmp_path."""
-    import wandb
-
-    wandb.teardown()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setattr(sys, "stdin", None)  # a prompt would fail
-    yield tmp_path / "home"
-    wandb.teardown()
+from lockstep.run.tracker import Tracker, build_tracker
 
 
 def wandb_data(run_dir: Path) -> bytes:
@@ -121,6 +111,101 @@ def test_wandb_that_cannot_start_is_one_warning(tmp_path: Path, wandb_home: Path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("warning: W&B is off (") and len(lines) == 2
     assert len(read_history(tmp_path)) == 1
+
+
+def test_tables_wait_for_their_upload_in_the_run_folder(tmp_path: Path, wandb_home: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    tracker = build_tracker(configured(wandb="offline"), tmp_path / "run", is_main=True)
+    tracker.exhibit("layers", lambda: Table(("layer", "parameters"), [("conv", 9), ("head", 20)]))
+    tracker.finish({})
+    records = wandb_records(next((tmp_path / "run" / "wandb").glob("offline-run-*")))
+    staged = [
+        Path(entry["local_path"])
+        for record in records
+        if record["type"] == "artifact"
+        for entry in record["artifact"]["manifest"]["contents"]
+    ]
+    assert len(staged) == 1 and staged[0].parent == tmp_path / "run" / "wandb" / "artifacts" / "staging"
+    assert json.loads(staged[0].read_text())["data"] == [["conv", 9], ["head", 20]]
+
+
+class FakeRun:
+    """A W&B run whose every call does `trouble`."""
+
+    id, offline = "abcd1234", False
+
+    def __init__(self, trouble: Callable[[], None]) -> None:
+        self._trouble = trouble
+        self.summary = self
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def _meet(self, *_: Any, **__: Any) -> None:
+        self._trouble()
+
+    log = log_artifact = alert = update = finish = _meet
+
+
+ARRAY = np.zeros((1, 4, 4, 1), np.uint8)
+CALLS: dict[str, Callable[[Tracker, Path], None]] = {
+    "scalars": lambda tracker, place: tracker.log(train_record(7)),
+    "histogram": lambda tracker, place: tracker.histograms(1, {"weights": torch.ones(4)}),
+    "image": lambda tracker, place: tracker.figure("samples", place),
+    "text": lambda tracker, place: tracker.text("diagnosis", "all is well"),
+    "table": lambda tracker, place: tracker.exhibit("layers", lambda: Table(("layer",), [("conv",)])),
+    "gallery": lambda tracker, place: tracker.exhibit("samples", lambda: Gallery(ARRAY, ["one"])),
+    "confusion": lambda tracker, place: tracker.exhibit("confusion", lambda: Confusion(*np.eye(2, dtype=int), "ab")),
+    "artifact": lambda tracker, place: tracker.exhibit("model", lambda: Artifact("model", [place], ["best"])),
+    "alert": lambda tracker, place: tracker.alert("stopped", "after step 7"),
+    "close": lambda tracker, place: tracker.finish({}),
+}
+
+
+def break_down() -> None:
+    raise RuntimeError("No space left on device")
+
+
+@pytest.mark.parametrize("trouble", [break_down, threading.Event().wait], ids=["raises", "hangs"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_call_of_wandb_holds_up_training(
+    call: str, trouble: Callable[[], None], tmp_path: Path, wandb_home: Path, monkeypatch, capsys
+) -> None:
+    from PIL import Image
+
+    from lockstep.run import wandb as wandb_module
+
+    ended = []
+    monkeypatch.setattr(wandb_module, "CALL_SECONDS", 0.3)
+    monkeypatch.setattr(wandb_module, "FINISH_SECONDS", 0.24)
+    monkeypatch.setattr(wandb_module, "_abandon_wandb", lambda: ended.append(True))
+    Image.new("RGB", (4, 4)).save(picture := tmp_path / "picture.png")
+    sink = wandb_module.Wandb(FakeRun(trouble))
+    tracker = Tracker(tmp_path, Console(1), [sink])
+    started = time.monotonic()
+    CALLS[call](tracker, picture)
+    assert time.monotonic() - started < 2
+    told = "No space left on device" if trouble is break_down else "no end after 0 seconds"
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == f"warning: W&B stopped ({told}); metrics.jsonl goes on without it"
+    assert bool(ended) == (trouble is not break_down)
+    if call != "close":
+        tracker.log(train_record(8))
+        tracker.alert("not", "tried again")
+        assert read_history(tmp_path)[-1]["step"] == 8 and "warning" not in capsys.readouterr().out
+        tracker.finish({})
+
+
+def test_an_alert_is_for_runs_that_are_online(wandb_home: Path) -> None:
+    from lockstep.run.wandb import Wandb
+
+    told = []
+    run = FakeRun(lambda: told.append(True))
+    Wandb(run).alert("stopped", "after step 7")
+    assert len(told) == 1
+    run.offline = True
+    Wandb(run).alert("stopped", "after step 7")
+    assert len(told) == 1
 
 
 @pytest.mark.slow

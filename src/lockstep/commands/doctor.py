@@ -35,6 +35,7 @@ from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.machine import has_fast_bf16
 from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
+from lockstep.run.accelerate import require_trackers
 from lockstep.run.checkpoint import saved_steps
 from lockstep.run.folder import Run, open_run
 from lockstep.settings.cli import parse_config, run_dir_of
@@ -107,8 +108,9 @@ def check_launch(parts: Parts) -> Finding:
 
 
 def check_choices(parts: Parts) -> Finding:
-    """The network, optimizer, loss and schedule that the settings name exist."""
+    """The network, optimizer, loss, schedule and trackers that the settings name exist."""
     check_names(parts.config)
+    require_trackers(parts.config.log.trackers)
     config = parts.config
     return Finding("ok", f"{config.model.name}, {config.optim.name}, {config.train.loss}, {config.schedule.name}")
 

@@ -36,6 +36,17 @@ def summarize_model(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     )
 
 
+def layer_rows(model: nn.Module) -> list[tuple[str, str, str, int]]:
+    """Name, type, shape of the weight and number of parameters of each layer, without a pass through the network."""
+    rows = []
+    for name, layer in model.named_modules():
+        if _has_a_row(layer):
+            own = list(layer.parameters(recurse=False))
+            shape = "x".join(map(str, own[0].shape)) if own else ""
+            rows.append((name or "(top)", type(layer).__name__, shape, sum(parameter.numel() for parameter in own)))
+    return rows
+
+
 def _has_a_row(module: nn.Module) -> bool:
     leaf = next(module.children(), None) is None
     return leaf or next(module.parameters(recurse=False), None) is not None

@@ -1,6 +1,5 @@
 """What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
 
-import logging
 import math
 import platform
 from collections import Counter
@@ -15,7 +14,7 @@ from lockstep.evaluation.probe import Probe, probe
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.preemption import Preemption
 from lockstep.lease import Lease
-from lockstep.report.summary import report_divergence, report_findings, report_pause, report_training
+from lockstep.report.summary import not_fatal, report_divergence, report_findings, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.digest import as_text, digest
 from lockstep.run.folder import LostFolder, Run
@@ -30,8 +29,6 @@ from lockstep.training.progress import Progress
 from lockstep.training.records import test_record, train_record, val_record
 from lockstep.training.schedule import Schedule
 from lockstep.training.stopwatch import Stopwatch
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +147,6 @@ def look(t: Training) -> Probe | None:
     """Into the network as training left it; on the main process alone."""
     if not t.launch.is_main:
         return None
-    try:
+    with not_fatal(f"{t.run.path} could not be looked into"):
         return probe(t.run.config, t.data, t.learner.model, t.loader.sampler.micro_batch_size)
-    except Exception as problem:  # whatever it is: no diagnosis is worth a finished training
-        _logger.warning("%s could not be looked into: %r", t.run.path, problem)
-        return None
+    return None

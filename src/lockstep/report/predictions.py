@@ -21,6 +21,12 @@ def pixels(images: ImageSet, indices: np.ndarray) -> np.ndarray:
     return np.stack([blank if image is None else image.numpy() for image in loaded])
 
 
+def worst_mistakes(predictions: Predictions, most: int) -> np.ndarray:
+    """Rows of the wrong predictions with the highest losses, worst first, int64 (at most `most`,)."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    return wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:most]
+
+
 def class_table(predictions: Predictions, data: Data) -> str:
     """Precision, recall, F1 and number of samples of every class, and their means, as text."""
     names = class_names(data)

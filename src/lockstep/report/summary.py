@@ -1,6 +1,8 @@
 """What is left of a run when it ends: figures, summary, predictions, the printed result."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -18,8 +20,9 @@ from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
+from lockstep.report.exhibits import share_files, show_results
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
-from lockstep.report.predictions import class_names, pixels
+from lockstep.report.predictions import class_names, pixels, worst_mistakes
 from lockstep.report.run_page import PAGE, write_run_page
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
@@ -81,7 +84,9 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calen
     }
     if tracker.is_main:
         run.write_summary(**summary)
-    tracker.say(f"stopped after step {progress.step} ({preemption.cause}), saved; the same command continues")
+    told = f"stopped after step {progress.step} ({preemption.cause}), saved; the same command continues"
+    tracker.say(told)
+    tracker.alert(f"{run.path.name} was stopped", told)
     tracker.finish(summary)
     return preemption.leave(progress.step)
 
@@ -105,12 +110,23 @@ def report_divergence(run: Run, tracker: Tracker, progress: Progress, sampler: S
         batch = sampler.microbatches(range(step, step + 1), range(sampler.microbatches_per_step))
         write_json(place, {"step": progress.step, "samples": [microbatch.samples for microbatch in batch]})
     bad = progress.bad_steps
-    tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
     steps = f"steps {step + 2 - bad.in_a_row} to {progress.step}" if bad.in_a_row else "the test after all steps"
-    raise Diverged(
+    told = (
         f"{run.path} diverged: {steps} had no finite loss or gradient "
         f"(samples of the last one: {place}); try a lower --optim.lr, --schedule.warmup_epochs or --optim.clip_norm"
     )
+    tracker.alert(f"{run.path.name} diverged", told)
+    tracker.finish({"state": "running", "bad_steps": bad.total}, exit_code=1)
+    raise Diverged(told)
+
+
+@contextmanager
+def not_fatal(trouble: str) -> Iterator[None]:
+    """Within it any error is a warning: no picture, page or diagnosis is worth a finished training."""
+    try:
+        yield
+    except Exception as problem:
+        _logger.warning("%s: %r", trouble, problem)
 
 
 def report_training(
@@ -135,22 +151,22 @@ def report_training(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if run.config.log.figures:
-        try:
+        with not_fatal(f"the figures of {run.path} could not be drawn"):
             for name, path in draw_figures(run, predictions, data).items():
                 tracker.figure(name, path)
-        except Exception as problem:  # whatever it is: no picture is worth a finished training
-            _logger.warning("the figures of %s could not be drawn: %r", run.path, problem)
+            show_results(tracker, predictions, data)
+    if run.config.log.artifacts:
+        share_files(run, tracker)
     run.write_summary(**summary)
     if run.config.log.figures:
-        try:
+        with not_fatal(f"the page of {run.path} could not be written"):
             write_run_page(run.path)
-        except Exception as problem:  # nor is a page
-            _logger.warning("the page of %s could not be written: %r", run.path, problem)
-    tracker.say(
-        f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']}), "
-        f"{summary['images_per_second']:,.0f} images/s. Everything is in {run.path}"
-        + ("; report.html there shows it" if (run.path / PAGE).is_file() else "")
+    result = (
+        f"test accuracy {predictions.accuracy:.2%}, loss {predictions.loss:.4f} (best: step {summary['best_step']})"
     )
+    page = "; report.html there shows it" if (run.path / PAGE).is_file() else ""
+    tracker.say(f"{result}, {summary['images_per_second']:,.0f} images/s. Everything is in {run.path}{page}")
+    tracker.alert(f"{run.path.name} is finished", result)
     tracker.finish(summary)
 
 
@@ -159,15 +175,12 @@ def report_findings(run: Run, tracker: Tracker, classes: int, seen: Probe | None
     if not tracker.is_main:
         return
     evidence = Evidence(run.config, classes, read_history(run.path), seen, doubt_of(predictions, "test"))
-    try:
+    with not_fatal(f"{run.path} could not be diagnosed"):
         findings = write_diagnosis(run.path, evidence)
-    except Exception as problem:  # whatever it is: no diagnosis is worth a finished training
-        _logger.warning("%s could not be diagnosed: %r", run.path, problem)
-        return
-    for finding in findings:
-        tracker.say(f"diagnosis: {finding}")
-    if findings:
-        tracker.text("diagnosis", "\n\n".join(map(str, findings)))
+        for finding in findings:
+            tracker.say(f"diagnosis: {finding}")
+        if findings:
+            tracker.text("diagnosis", "\n\n".join(map(str, findings)))
 
 
 def _skipped_images(run: Run, data: Data) -> int:
@@ -188,8 +201,7 @@ def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Pa
     first = np.arange(min(_GALLERY, len(data.train)))
     labels = data.train.labels[: len(first)].tolist()
     plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], paths["samples"])
-    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    worst = wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:_GALLERY]
+    worst = worst_mistakes(predictions, _GALLERY)
     if not len(worst):
         del paths["mistakes"]
         return paths

@@ -75,6 +75,27 @@ def numbers_of(values: dict[str, Any]) -> dict[str, float]:
     return {key: item for key, item in items.items() if isinstance(item, int | float) and not isinstance(item, bool)}
 
 
+_AXES = ("step", "epoch", "position")
+
+
+class Scalars(NamedTuple):
+    """What the copies of a run get of a record."""
+
+    axes: dict[str, float]
+    """Those of step, epoch and position that it has"""
+    values: dict[str, float]
+    """Its other numbers, named `<split>/<field>`"""
+
+
+def scalars_of(record: dict[str, Any]) -> Scalars:
+    """A record's numbers as W&B and TensorBoard name them; `train_val_loss_ratio`, of two splits, keeps its name."""
+    numbers = numbers_of(record)
+    axes = {key: numbers.pop(key) for key in _AXES if key in numbers}
+    split = record.get("split", "train")
+    named = {key if key == "train_val_loss_ratio" else f"{split}/{key}": value for key, value in numbers.items()}
+    return Scalars(axes, named)
+
+
 class Point(NamedTuple):
     """A value of a record, and where it stands: epochs are fractions of those completed."""
 

@@ -1,7 +1,6 @@
 """The copy of a run in TensorBoard's event files."""
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from lockstep.run.exhibit import Exhibit
 from lockstep.run.history import numbers_of
-from lockstep.settings.config import Config
+from lockstep.settings.config import Config, plain_settings
 
 
 class TensorBoard:
@@ -45,13 +45,14 @@ class TensorBoard:
         # A copy on the CPU: tracing must not touch the running statistics, the device or its memory.
         self._writer.add_graph(copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu())
 
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None:
+        """TensorBoard has the figures, which show the same."""
+
+    def alert(self, title: str, text: str) -> None:
+        """TensorBoard writes to nobody."""
+
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         if summary.get("state", "finished") == "finished" and exit_code == 0:
-            settings = {
-                f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
-                for section, values in asdict(self._config).items()
-                for key, value in values.items()
-            }
             final = {f"final/{key}": value for key, value in numbers_of(summary).items()}
-            self._writer.add_hparams(settings, final, run_name=".")
+            self._writer.add_hparams(plain_settings(self._config), final, run_name=".")
         self._writer.close()

@@ -1,7 +1,7 @@
 """Everything a run writes down while it trains: metrics.jsonl, its copies, and what the console shows.
 
 metrics.jsonl is the source of truth and the only one whose failure ends training. A copy that fails is dropped with
-one warning line. Numbers of a record become scalars named `<split>/<field>` there.
+one warning line. `history.scalars_of` says what of a record they get.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lockstep.errors import first_line
 from lockstep.files import plain, write_json
 from lockstep.run.console import Console
-from lockstep.run.history import ENVIRONMENT, HISTORY, numbers_of, read_starts, truncate_history
+from lockstep.run.exhibit import Exhibit
+from lockstep.run.history import ENVIRONMENT, HISTORY, read_starts, scalars_of, truncate_history
 from lockstep.settings.config import Config
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _logger = logging.getLogger(__name__)
-
-_AXES = ("step", "epoch", "position")
 
 
 class Sink(Protocol):
@@ -40,6 +39,8 @@ class Sink(Protocol):
     def image(self, step: int, name: str, path: Path) -> None: ...
     def text(self, step: int, name: str, text: str) -> None: ...
     def graph(self, model: "nn.Module", images: "torch.Tensor") -> None: ...
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None: ...
+    def alert(self, title: str, text: str) -> None: ...
     def close(self, summary: dict[str, Any], exit_code: int) -> None: ...
 
 
@@ -79,8 +80,7 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Append one record (see the module's text) to metrics.jsonl, copy its numbers, and show it.
 
-        `train_val_loss_ratio` keeps its plain name in the copies. Raises OSError, naming the file, if it cannot be
-        written: a full disk.
+        Raises OSError, naming the file, if it cannot be written: a full disk.
         """
         if self._file is None:
             return
@@ -92,11 +92,8 @@ class Tracker:
             self._file.write((json.dumps(plain(record)) + "\n").encode())
         except OSError as error:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self._path)) from error
-        numbers = numbers_of(record)
-        self._step = int(numbers.get("step", self._step))
-        axes = {key: numbers.pop(key) for key in _AXES if key in numbers}
-        split = record.get("split", "train")
-        values = {key if key == "train_val_loss_ratio" else f"{split}/{key}": value for key, value in numbers.items()}
+        axes, values = scalars_of(record)
+        self._step = int(axes.get("step", self._step))
         self._each(lambda sink: sink.scalars(self._step, axes, values))
         if self._console is not None:
             self._console.show(record)
@@ -118,6 +115,16 @@ class Tracker:
     def text(self, name: str, text: str) -> None:
         """Copy a text (Markdown in TensorBoard) to W&B and TensorBoard."""
         self._each(lambda sink: sink.text(self._step, name, text))
+
+    def exhibit(self, name: str, build: Callable[[], Exhibit]) -> None:
+        """Show something to the copies, at the step of the last record; it is built only where there is a copy."""
+        if self._sinks:
+            item = build()
+            self._each(lambda sink: sink.exhibit(self._step, name, item))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B write to whoever wants to be told (by W&B's own settings), if it is online."""
+        self._each(lambda sink: sink.alert(title, text))
 
     def graph(self, model: "nn.Module", images: "torch.Tensor") -> None:
         """Draw the unwrapped network in TensorBoard, traced with the first image of (N, C, H, W); never fatal.
@@ -176,6 +183,13 @@ def _open_sinks(
                 sinks.append(Wandb(run))
     except Exception as error:
         say(f"warning: W&B is off ({first_line(error)})")
+    for name in config.log.trackers:
+        try:
+            from lockstep.run.accelerate import AccelerateTracker
+
+            sinks.append(AccelerateTracker(name, config, run_dir))
+        except Exception as error:
+            say(f"warning: {name} is off ({first_line(error)})")
     return sinks
 
 

@@ -4,6 +4,7 @@ An unreachable server, or one that hangs, holds up neither training nor its end 
 """
 
 import contextlib
+import os
 import secrets
 import signal
 import threading
@@ -20,9 +21,12 @@ from torch import nn
 
 from lockstep.errors import first_line
 from lockstep.files import plain, replace_file
+from lockstep.run.exhibit import Artifact, Confusion, Exhibit, Gallery, Table
 from lockstep.settings.config import Config
 
+QUIET: dict[str, Any] = {"silent": True, "console": "off"}
 INIT_SECONDS = 30.0
+CALL_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 
 
@@ -34,23 +38,17 @@ def open_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None
 
 def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
     wanted = config.log.wandb
-    quiet: dict[str, Any] = {"silent": True, "console": "off"}
     forced: dict[str, Any] = {} if wanted == "auto" else {"mode": wanted}
-    session = wandb.setup(wandb.Settings(**quiet, **forced)).settings
+    session = wandb.setup(wandb.Settings(**QUIET, **forced)).settings
     if session.mode == "disabled":  # auto, and WANDB_MODE=disabled
         return None
-    options: dict[str, Any] = {
-        "id": _wandb_id(run_dir, session.run_id),
+    # Copies of tables and artifacts belong to the run, not into a home that may be full.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
+    options = describe_run(config, run_dir, environment) | {
+        "id": run_id(run_dir, session.run_id),
         "resume": "allow",
         "dir": str(run_dir),
-        "name": run_dir.name,
-        "project": config.log.project,
-        "group": config.run.group,
-        "tags": config.run.tags,
-        "notes": config.run.notes,
-        "config": {**asdict(config), "environment": plain(environment or {})},
-        "allow_val_change": True,
-        "settings": wandb.Settings(**quiet, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+        "settings": wandb.Settings(**QUIET, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
     }
     if session.mode not in ("offline", "dryrun"):  # WANDB_MODE and `wandb offline` count where the flag says auto
         try:
@@ -69,13 +67,31 @@ def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None,
     return run
 
 
-def _wandb_id(run_dir: Path, given: str | None) -> str:
+def describe_run(config: Config, run_dir: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
+    """What `wandb.init` is told of a training, live or later: its name, where it belongs, and its settings."""
+    return {
+        "name": run_dir.resolve().name,
+        "project": config.log.project,
+        "group": config.run.group,
+        "job_type": "train",
+        "tags": config.run.tags,
+        "notes": config.run.notes,
+        "config": {**asdict(config), "environment": plain(environment or {})},
+        "allow_val_change": True,
+    }
+
+
+def run_id(run_dir: Path, given: str | None = None) -> str:
     """The id of the run's one W&B run: the stored one, else the one a sweep agent gave, else a new one; stored."""
     path = run_dir / "wandb" / "run_id"
     if path.exists() and (stored := path.read_text().strip()):
         return stored
-    fresh = given or secrets.token_hex(4)
-    replace_file(path, fresh.encode())
+    return store_run_id(run_dir, given or secrets.token_hex(4))
+
+
+def store_run_id(run_dir: Path, fresh: str) -> str:
+    """From now on this is the id of the run's one W&B run."""
+    replace_file(run_dir / "wandb" / "run_id", fresh.encode())
     return fresh
 
 
@@ -107,30 +123,68 @@ class Wandb:
         run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, axes: dict[str, float], values: dict[str, float]) -> None:
-        self._run.log({**axes, **values, "step": step})
+        self._log(step, lambda: {**axes, **values})
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self._run.log({"step": step, name: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
+        self._log(step, lambda: {name: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
 
     def image(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: wandb.Image(str(path))})
+        self._log(step, lambda: {name: wandb.Image(str(path))})
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._run.summary[name] = text
+        _limited(CALL_SECONDS, lambda: self._run.summary.update({name: text}))
 
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
         """W&B has no picture of a network."""
+
+    def exhibit(self, step: int, name: str, item: Exhibit) -> None:
+        if isinstance(item, Artifact):
+            _limited(CALL_SECONDS, lambda: self._keep(f"{name}-{self._run.id}", item))
+        else:
+            self._log(step, lambda: {name: _as_media(item)})
+
+    def alert(self, title: str, text: str) -> None:
+        if not self._run.offline:  # later it would be news of the past
+            _limited(CALL_SECONDS, lambda: self._run.alert(title, text))
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         def finish() -> None:
             self._run.summary.update(summary)
             self._run.finish(exit_code=exit_code)
 
-        try:
-            _within(1.25 * FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
-        except TimeoutError:
-            _abandon_wandb()
-            raise
+        _limited(1.25 * FINISH_SECONDS, finish)  # W&B's own limit comes first, if it works
+
+    def _log(self, step: int, build: Callable[[], dict[str, Any]]) -> None:
+        _limited(CALL_SECONDS, lambda: self._run.log({**build(), "step": step}))
+
+    def _keep(self, name: str, item: Artifact) -> None:
+        artifact = wandb.Artifact(name, item.kind)
+        for path in item.files:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact, aliases=list(item.aliases))
+
+
+def _as_media(item: Table | Gallery | Confusion) -> Any:
+    """What W&B draws it with."""
+    if isinstance(item, Table):
+        return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
+    if isinstance(item, Gallery):
+        return [wandb.Image(image, caption=text) for image, text in zip(item.images, item.captions, strict=True)]
+    return wandb.plot.confusion_matrix(
+        y_true=item.labels.tolist(),
+        preds=item.predicted.tolist(),
+        class_names=list(item.classes),
+        title="Confusion matrix",
+    )
+
+
+def _limited(seconds: float, action: Callable[[], None]) -> None:
+    """Run an action of W&B that may hang; raises what it raises, or TimeoutError, and W&B's process is ended then."""
+    try:
+        _within(seconds, action)
+    except TimeoutError:
+        _abandon_wandb()
+        raise
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:

@@ -429,10 +429,14 @@ class LogConfig(_Section):
     """W&B project"""
     tensorboard: bool = True
     """Write TensorBoard event files"""
+    trackers: tuple[str, ...] = ()
+    """Others that get the scalars, by Accelerate's names: mlflow, trackio, comet_ml, aim, clearml, dvclive, swanlab"""
     histogram_every_steps: int | None = None
     """Write histograms of gradients and weights every this many steps; default: never"""
     figures: bool = True
     """Draw the run's pictures (curves, confusion matrix, samples) and write its page, report.html"""
+    artifacts: bool = False
+    """Give W&B the best and the last weights and a split that was drawn, as versioned artifacts: they are uploaded"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")
@@ -497,7 +501,16 @@ _SHAPELESS = {
         "stuck_seconds",
     },
     "checkpoint": {"every_steps", "every_epochs", "keep_last", "keep_every_steps"},
-    "log": {"every_steps", "wandb", "project", "tensorboard", "histogram_every_steps", "figures"},
+    "log": {
+        "every_steps",
+        "wandb",
+        "project",
+        "tensorboard",
+        "histogram_every_steps",
+        "figures",
+        "artifacts",
+        "trackers",
+    },
 }
 
 
@@ -512,6 +525,14 @@ _PLACES = {"run": {"root"}, "data": {"root", "cache_dir"}}
 def common_settings(config: Config) -> dict[str, Any]:
     """The same of those that must be alike on all processes: all but for places on disks."""
     return _flat(config, _PLACES)
+
+
+def plain_settings(config: Config) -> dict[str, bool | int | float | str]:
+    """Flat `section.key -> value` of all, as trackers store them: what is no flag, number or text, as text."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in _flat(config, {}).items()
+    }
 
 
 def _flat(config: Config, left_out: dict[str, set[str]]) -> dict[str, Any]:
