@@ -17,7 +17,7 @@ from lockstep.settings.config import AugmentConfig, Config, DataConfig, ModelCon
 CONFIG = Config(optim=OptimConfig(lr=0.01))
 SOUND = [2.0, 1.2, 0.8, 0.6, 0.5, 0.45, 0.42, 0.4]
 STUCK = [2.31, 2.3, 2.3, 2.3, 2.3, 2.3]
-HEALTHY = Probe(64, {"relu": 0.1}, {"first": 0.5, "last": 1.0}, 0.8)
+HEALTHY = Probe(64, 0.9, {"relu": 0.1}, {"first": 0.5, "last": 1.0}, 0.8)
 
 
 def history(train: list[float], val: list[float] | None = None, **more: Any) -> list[dict[str, Any]]:
@@ -122,14 +122,24 @@ def test_a_rate_that_is_too_low() -> None:
 
 
 def test_labels_that_do_not_follow_from_the_images() -> None:
-    finding = the_one(history([2.0, 1.5, 1.0], [2.4, 2.9, 3.5], accuracies=[(0.2, 0.1), (0.5, 0.1), (0.7, 0.11)]))
-    assert finding.sign == "labels that do not fit" and "11.0% after epoch 3" in finding.evidence
+    lines = history([2.0, 1.5, 1.0], [2.4, 2.9, 3.5], accuracies=[(0.2, 0.1), (0.5, 0.1), (0.7, 0.11)])
+    finding = the_one(lines, doubt=Doubt(100, 450, 500, "test"))
+    assert finding.sign == "labels that do not fit" and "test/accuracy is 10.0%" in finding.evidence
+    assert "after 3 epochs, and that of training images 90.0%" in finding.evidence
+    unsettled = replace(HEALTHY, accuracy=0.1)  # running statistics of a short training
+    assert the_one(lines, unsettled, doubt=Doubt(100, 450, 500, "test")).sign == "overfitting"
+    assert the_one(lines, doubt=Doubt(100, 430, 500, "test")).sign == "overfitting"  # 14 % is more than guessing
+    few = [(0.9, 0.6), (0.95, 0.6), (1.0, 0.6)]
+    pair = Evidence(
+        CONFIG, 2, history([0.5, 0.2, 0.1], [0.7, 0.9, 1.1], accuracies=few), HEALTHY, Doubt(9, 33, 100, "test")
+    )
+    assert [one.sign for one in diagnose(pair)] == ["overfitting"]  # a hard task of two classes, learned by heart
 
 
 def test_doubtful_labels() -> None:
     finding = the_one(history(SOUND), doubt=Doubt(40, 100, 500, "test"))
     assert finding.sign == "labels that look wrong" and "40 of 500 test images" in finding.evidence
-    for few in (Doubt(10, 100, 500, "test"), Doubt(4, 4, 100, "test"), Doubt(300, 450, 500, "test")):
+    for few in (Doubt(10, 100, 500, "test"), Doubt(4, 4, 100, "test"), Doubt(200, 260, 500, "test")):
         assert found(history(SOUND), doubt=few) == []
 
 
@@ -149,7 +159,7 @@ def test_symptoms_are_told_where_there_is_no_cause() -> None:
     waves = the_one(history([2.0, 1.0, 0.8, 0.9, 0.5, 0.8, 0.4, 0.7, 0.4]))
     assert waves.sign == "oscillating loss" and waves.advice == "--optim.lr=0.003"
     flat = the_one(history([2.0, 1.6, 1.51, 1.5, 1.5, 1.5]))
-    assert flat.sign == "underfitting" and "stays at 1.50 from epoch 5" in flat.evidence
+    assert flat.sign == "underfitting" and "does not fall below 1.50 from epoch 5" in flat.evidence
     done = history([2.0, 1.6, 1.51, 1.5, 1.5, 1.5], lr=[0.01, 0.01, 0.01, 0.005, 1e-4, 1e-5])
     assert found(done) == []  # it stopped learning because its rate did
 
@@ -167,7 +177,9 @@ def test_overfitting() -> None:
     assert finding.sign == "overfitting" and "lowest in epoch 3 (0.8) and 1.2 at the end" in finding.evidence
     assert finding.advice == "--augment.translate=0.1"
     gap = the_one(history(SOUND, [2 * loss + 0.01 for loss in SOUND], accuracies=[(0.99, 0.8)] * 8))
-    assert gap.sign == "overfitting" and "train/accuracy is 99.0% at the end, val/accuracy 80.0%" in gap.evidence
+    assert (
+        gap.sign == "overfitting" and "train/accuracy is 99.0% from epoch 7 on, and val/accuracy 80.0%" in gap.evidence
+    )
 
 
 def test_the_remedy_is_one_that_is_not_used_yet() -> None:
@@ -187,9 +199,35 @@ def test_a_starving_device() -> None:
     assert "memory_budget" in the_one(history(SOUND, data_share=shares), config=busy).advice
 
 
+def test_lines_of_others_are_no_evidence() -> None:
+    strange = [
+        {"step": 5, "split": "train"},
+        {"split": "val", "loss": None, "accuracy": "x", "train_loss": 1, "epoch": 1},
+    ]
+    assert found([*history(SOUND), *strange]) == [] and found(strange) == []
+
+
+def test_few_images_jump_and_are_learned_by_heart() -> None:
+    shares = [(0.3, 0.2), (0.6, 0.3), (0.75, 0.4), (0.8, 0.45), (0.85, 0.5), (0.7, 0.5)]
+    finding = the_one(history([2.2, 1.8, 1.3, 1.2, 0.97, 1.29], [2.2, 2.1, 2.0, 1.95, 1.9, 1.9], accuracies=shares))
+    assert finding.sign == "overfitting"
+
+
+def test_advice_has_a_meaning_for_the_network() -> None:
+    flat = history([2.0, 1.6, 1.51, 1.5, 1.5, 1.5])
+    resnet = replace(CONFIG, model=ModelConfig(name="timm/resnet18"))
+    assert the_one(flat, config=resnet).advice == "--model.name=timm/resnet50"
+    assert the_one(flat, config=replace(CONFIG, model=ModelConfig(name="mlp"))).advice == "--model.name=timm/resnet18"
+    vanished = replace(HEALTHY, gradients={"first": 0.0, "last": 0.1})
+    assert the_one(history(STUCK), vanished, config=resnet).advice == "--model.name=timm/resnet18"
+
+
 def test_numbers_that_are_none_break_nothing() -> None:
+    lost = the_one(history([2.0, math.nan, math.nan]))
+    assert lost.sign == "exploding gradients" and "not finite from epoch 2 on" in lost.evidence
+    assert the_one(history(SOUND, grad_norm=[0, 0, 0, 2e4, 0, 0, 0, 0])).sign == "exploding gradients"
     lost = history([math.nan, math.inf, math.nan], grad_norm=[math.nan] * 3)
-    assert all(isinstance(finding, Finding) for finding in found(lost, Probe(1, {}, {}, math.nan)))
+    assert all(isinstance(finding, Finding) for finding in found(lost, Probe(1, 0.0, {}, {}, math.nan)))
 
 
 def test_a_diagnosis_is_read_back(tmp_path: Path) -> None:

@@ -32,11 +32,12 @@ from lockstep.settings.yaml import load_config
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TOLERANCE = 1e-12
 _WEIGHTS = ("checkpoints", "model.safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison; 1 if there are two runs and their weights differ by more than the tolerance, else 0."""
+    """Print the comparison; 1 if there are two runs of one training whose weights differ too much, else 0."""
     options = _parser().parse_args(arguments)
     folders = find_runs(options.runs)
     named = {Path(text) for text in options.runs}
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"{text}; default: not written")
     pair = parser.add_argument_group("of two runs")
     pair.add_argument("--checkpoint", default="last", help="last, best or step_<8 digits>; default: last")
-    pair.add_argument("--tolerance", type=float, default=1e-12, help="largest accepted difference; default: 1e-12")
+    pair.add_argument("--tolerance", type=float, help="largest accepted difference; default: 1e-12")
     pair.add_argument("--per_tensor", action="store_true", help="one line per tensor")
     return parser
 
@@ -132,11 +133,15 @@ def _write_files(options: argparse.Namespace, groups: Sequence[Group], tables: S
 
 
 def _compare_pair(folders: Sequence[Path], options: argparse.Namespace) -> int:
-    """Print in what two runs differ; 1 if their weights do by more than the tolerance, else 0."""
+    """Print in what two runs differ; 1 if their weights do by more than the tolerance, else 0.
+
+    Runs of other settings may differ, unless a tolerance was asked for.
+    """
     one, other = folders
-    configured = _is_run(one) and _is_run(other)
+    configured, changes = _is_run(one) and _is_run(other), []
     if configured:
-        for change in changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml")):
+        changes = changed_settings(load_config(one / "config.yaml"), load_config(other / "config.yaml"))
+        for change in changes:
             print(f"note: other settings: {change}")
     histories = [read_history(run) for run in folders]
     equal = True
@@ -147,8 +152,12 @@ def _compare_pair(folders: Sequence[Path], options: argparse.Namespace) -> int:
     bare = [run for run in folders if not any((run / name).exists() for name in _WEIGHTS)]
     if bare and (all(histories) or configured):  # a digest chain, kept without its weights, or a run just begun
         print(f"weights are not compared: {bare[0]} has no checkpoints")
-        return 0 if equal else 1
-    return _compare_weights(folders, options)
+        return 0 if equal or changes else 1
+    if any(change.startswith("model.") for change in changes):
+        print("weights are not compared: the runs have different networks")
+        return 0
+    code = _compare_weights(folders, options)
+    return 0 if changes and options.tolerance is None else code
 
 
 def _describe_numerics(one: Path, other: Path) -> str:
@@ -182,10 +191,11 @@ def _compare_weights(folders: Sequence[Path], options: argparse.Namespace) -> in
         differences, key=lambda name: float("inf") if differences[name] != differences[name] else differences[name]
     )
     equal = all(torch.equal(a[name], b[name]) for name in a)
-    passes = differences[worst] <= options.tolerance
+    tolerance = _TOLERANCE if options.tolerance is None else options.tolerance
+    passes = differences[worst] <= tolerance
     verdict = "bit for bit equal" if equal else f"largest relative difference {differences[worst]:.3g} ({worst})"
     within = "within" if passes else "ABOVE"
-    print(f"{len(a)} tensors of {options.checkpoint}: {verdict}; {within} the tolerance of {options.tolerance:g}")
+    print(f"{len(a)} tensors of {options.checkpoint}: {verdict}; {within} the tolerance of {tolerance:g}")
     return 0 if passes else 1
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a run, if anything: `lockstep diagnose RUN`.
+"""What is wrong with a run, if anything: `lockstep diagnose RUN [RUN ...]`.
 
 Of a finished run, by what it left (diagnosis.json); of any other, by its curves and its newest checkpoint, into which a
 few training images are passed. Each finding comes with its evidence and one thing to try.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lockstep.data.images import Data, build_data
-from lockstep.errors import UserError
+from lockstep.errors import UserError, print_line
 from lockstep.evaluation.probe import Probe, probe
 from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
@@ -25,22 +25,28 @@ from lockstep.settings.yaml import load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings, or that there are none."""
+    """Print the findings of each run, or that there are none."""
     parser = argparse.ArgumentParser(prog="lockstep diagnose", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    run = parser.parse_args(arguments).run
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"there is no run in {run}")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    for run in parser.parse_args(arguments).runs:
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"there is no run in {run}: name run folders, such as runs/*")
+        print_line(_verdict(run))
+    return 0
+
+
+def _verdict(run: Path) -> str:
+    """Of one run, a line for each finding."""
     config = load_config(run / "config.yaml")
     evidence = read_evidence(run, config) or _look(run, config)
+    state = read_summary(run).get("state", "unknown")
     if not evidence.epochs:
-        print(f"{run}: nothing to judge by yet: no epoch is over")
-        return 0
-    for finding in (findings := diagnose(evidence)):
-        print(finding)
-    if not findings:
-        print(f"{run}: nothing to complain about after {evidence.epochs[-1].number} epochs")
-    return 0
+        return f"{run} ({state}): nothing to judge by yet: no epoch is over"
+    judged = f"{run} ({state}, {evidence.epochs[-1].number} epochs)"
+    if evidence.probe is None:
+        judged += ", by its curves alone: there was no look into the network"
+    lines = [str(finding) for finding in diagnose(evidence)]
+    return "\n  ".join([f"{judged}:", *lines]) if lines else f"{judged}: nothing to complain about"
 
 
 def _look(run: Path, config: Config) -> Evidence:

@@ -18,6 +18,7 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lockstep.errors import UsageError, UserError, print_line
@@ -83,7 +84,9 @@ def _train_all(sweep: Sweep, more: Sequence[str], jobs: int, processes: int) -> 
 
     runner = Runner(sweep, runs, lambda run: command_of(sweep, run, more, jobs, processes), jobs)
     code = runner.run()
-    results = ranked([read_result(run, sweep.metric, runner.stops) for run in runs], sweep.metric)
+    failed = {failure.run.index: f"failed, code {failure.code}" for failure in runner.failures}
+    found = [read_result(run, sweep.metric, runner.stops) for run in runs]
+    results = ranked([replace(one, state=failed.get(one.run.index, one.state)) for one in found], sweep.metric)
     folder = folder_of(sweep, runs[0].config)
     print_line(as_table(results, sweep.metric))
     write_table(results, sweep.metric, folder / "results.csv")

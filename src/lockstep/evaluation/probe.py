@@ -24,6 +24,8 @@ class Probe:
     """What was seen on one batch."""
 
     images: int
+    accuracy: float
+    """On these images of the training set, as evaluation sees them"""
     silent: dict[str, float]
     """For each ReLU, by name, the share of its channels that put out zero everywhere, for every image"""
     gradients: dict[str, float]
@@ -71,12 +73,14 @@ def look_into(model: nn.Module, images: Tensor, labels: Tensor, first: dict[str,
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and weight.ndim >= 2}
     try:
         with _silence_noted(model) as silent:
-            loss = functional.cross_entropy(model(images).float(), labels)
+            logits = model(images).float()
+        loss = functional.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True) if weights else ()
     finally:
         model.train(was_training)
     sizes = {name: _rms(gradient) for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return Probe(len(images), silent, sizes, None if first is None else _distance(weights, first))
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return Probe(len(images), accuracy, silent, sizes, None if first is None else _distance(weights, first))
 
 
 @contextmanager

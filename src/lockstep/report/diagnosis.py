@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lockstep.errors import UserError
 from lockstep.evaluation.probe import Probe
 from lockstep.files import read_json, write_json
+from lockstep.models.network import find_network
 from lockstep.run.history import read_history
 from lockstep.settings.config import Config
 
@@ -67,6 +69,15 @@ class Epoch(NamedTuple):
     val_accuracy: float = math.nan
 
 
+_TRAIN_KEYS = ("epoch", "loss", "accuracy", "lr", "grad_norm")
+_VAL_KEYS = ("epoch", "train_loss", "train_accuracy", "loss", "accuracy")
+
+
+def _has(line: dict[str, Any], keys: Sequence[str]) -> bool:
+    """Whether all of these are numbers: others may have written into the file, too."""
+    return all(isinstance(line.get(key), int | float) for key in keys)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the rules look at."""
@@ -81,15 +92,15 @@ class Evidence:
     """Those of training"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lines", [line for line in self.history if line.get("split") == "train"])
+        lines = [line for line in self.history if line.get("split") == "train" and _has(line, _TRAIN_KEYS)]
+        object.__setattr__(self, "lines", lines)
 
     @cached_property
     def epochs(self) -> list[Epoch]:
         """By validation, or by the epochs of the lines where there is none."""
-        validations = [line for line in self.history if line.get("split") == "val" and "train_loss" in line]
+        validations = [line for line in self.history if line.get("split") == "val" and _has(line, _VAL_KEYS)]
         if validations:
-            keys = ("epoch", "train_loss", "train_accuracy", "loss", "accuracy")
-            return [Epoch(*(line[key] for key in keys)) for line in validations]
+            return [Epoch(*(line[key] for key in _VAL_KEYS)) for line in validations]
         numbers = dict.fromkeys(line["epoch"] for line in self.lines)
         return [Epoch(number, self._mean(number, "loss"), self._mean(number, "accuracy")) for number in numbers]
 
@@ -175,16 +186,17 @@ Rule = Callable[[Evidence], Finding | None]
 def _exploding_gradients(e: Evidence) -> Finding | None:
     bad = [line for line in e.lines if line.get("bad_steps")]
     norms = [line["grad_norm"] for line in e.lines if math.isfinite(line["grad_norm"])]
+    lost = next((epoch.number for epoch in e.epochs if not math.isfinite(epoch.train_loss)), None)
     advice = "--optim.clip_norm=1" if e.config.optim.clip_norm is None else e.scaled_lr(0.1)
     if bad:
         count = sum(line["bad_steps"] for line in bad)
         where = f"{count} steps without a finite loss or gradient, from epoch {bad[0]['epoch']} on (train/bad_steps)"
         return Finding("exploding gradients", where, advice)
+    if lost is not None:
+        return Finding("exploding gradients", f"train/loss is not finite from epoch {lost} on", advice)
     if norms and max(norms) > 1000 * max(median(norms), 1.0):
         epoch = next(line["epoch"] for line in e.lines if line["grad_norm"] == max(norms))
-        where = (
-            f"train/grad_norm is {max(norms):.3g} in epoch {epoch}, {max(norms) / median(norms):.0f} times its median"
-        )
+        where = f"train/grad_norm is {max(norms):.3g} in epoch {epoch}; half of the lines are up to {median(norms):.3g}"
         return Finding("exploding gradients", where, advice)
     return None
 
@@ -196,10 +208,20 @@ def _vanishing_gradients(e: Evidence) -> Finding | None:
     if low >= 1e-3 * high or _silent_layer(e):  # what passes no dead layer has not vanished
         return None
     where = f"the gradient of {first} is {low / high if high else 0:.1g} times that of {last}, and {e.course}"
-    has_norm = "batch_norm" in e.config.model.__dict__ and not e.config.model.batch_norm
-    return Finding(
-        "vanishing gradients", where, "--model.batch_norm=true" if has_norm else "--model.init=kaiming_normal"
-    )
+    has = _settings_of(e.config)
+    if "batch_norm" in has and not e.config.model.batch_norm:
+        return Finding("vanishing gradients", where, "--model.batch_norm=true")
+    starts_otherwise = "init" in has and e.config.model.init != "kaiming_normal"
+    advice = "--model.init=kaiming_normal" if starts_otherwise else "--model.name=timm/resnet18"
+    return Finding("vanishing gradients", where, advice)
+
+
+def _settings_of(config: Config) -> frozenset[str]:
+    """The settings of the section `model` that mean something to the network."""
+    try:
+        return find_network(config.model).settings
+    except UserError:  # one that somebody has registered elsewhere
+        return frozenset()
 
 
 def _silent_layer(e: Evidence) -> str | None:
@@ -222,15 +244,14 @@ def _rate_too_high(e: Evidence) -> Finding | None:
     if e.probe and e.probe.moved is not None and e.probe.moved < 0.5:
         return None
     losses = [epoch.train_loss for epoch in e.epochs]
+    end = min(losses[-max(len(losses) // 3, 1) :])  # one bad epoch is no rise
     best = min(range(len(losses)), key=losses.__getitem__)
     above = next((epoch for epoch in e.epochs[1:] if epoch.train_loss > 1.25 * e.guessing), None)
     if above:
         where = (
             f"train/loss is {above.train_loss:.3g} in epoch {above.number}, above {e.guessing:.2f}, that of guessing"
         )
-    elif (
-        losses[-1] > (1.15 if e.learns_little else 1.5) * losses[best] and losses[-1] - losses[best] > 0.1 * e.guessing
-    ):
+    elif end > (1.15 if e.learns_little else 1.5) * losses[best] and end - losses[best] > 0.1 * e.guessing:
         where = (
             f"train/loss rises from {losses[best]:.3g} in epoch {e.epochs[best].number} to {losses[-1]:.3g} at the end"
         )
@@ -250,21 +271,25 @@ def _rate_too_low(e: Evidence) -> Finding | None:
 
 
 def _unrelated_labels(e: Evidence) -> Finding | None:
-    last = e.epochs[-1]
-    if e.mixes or not last.val_accuracy < 1.5 / e.classes or not last.train_accuracy > last.val_accuracy + 0.15:
+    if e.doubt is None or e.probe is None:
+        return None
+    right, guessed, last = 1 - e.doubt.mistakes / e.doubt.of, 1 / e.classes, e.epochs[-1]
+    chance = 2 * math.sqrt(guessed * (1 - guessed) / e.doubt.of)
+    # Running statistics of a short training fit no image: then the network does not know those it was trained on.
+    if chance > 0.1 or right > guessed + chance or e.probe.accuracy < right + 0.25:
         return None
     where = (
-        f"val/accuracy is {last.val_accuracy:.1%} after epoch {last.number}, that of guessing, while train/accuracy is "
-        f"{last.train_accuracy:.1%}: the network learns labels by heart that do not follow from the images"
+        f"{e.doubt.split}/accuracy is {right:.1%}, that of guessing, after {last.number} epochs, and that of training "
+        f"images {e.probe.accuracy:.1%}: the network learns labels by heart that do not follow from the images"
     )
-    return Finding("labels that do not fit", where, "--data.source with mended labels; figures/samples.png shows them")
+    return Finding("labels that do not fit", where, "another --data.source, whose labels fit its images")
 
 
 def _loss_not_falling(e: Evidence) -> Finding | None:
     if e.epochs[-1].train_loss < 0.95 * e.guessing:
         return None
     advice = e.scaled_lr(0.1) if e.probe and (e.probe.moved or 0) > 1 else e.scaled_lr(10)
-    return Finding("loss does not fall", e.course, f"{advice}, and look at figures/samples.png: do the labels fit?")
+    return Finding("loss does not fall", e.course, f"{advice}, and look at some images: do their labels fit?")
 
 
 def _oscillation(e: Evidence) -> Finding | None:
@@ -279,14 +304,14 @@ def _oscillation(e: Evidence) -> Finding | None:
 
 def _underfitting(e: Evidence) -> Finding | None:
     third = e.epochs[-max(len(e.epochs) // 3, 2) :]
-    last = e.epochs[-1]
+    last, lowest = e.epochs[-1], min(epoch.train_loss for epoch in third)
     levels = [e.left_to_learn] + ([] if math.isnan(last.val_loss) else [last.val_loss / e.guessing])
-    flat = last.train_loss > 0.97 * third[0].train_loss
+    flat = lowest > 0.97 * third[0].train_loss and not last.val_loss > 1.3 * last.train_loss
     rates = [line["lr"] for line in e.lines if line["epoch"] >= third[0].number]
     still_learns = max(rates, default=0.0) >= 0.1 * e.config.optim.lr
     if len(e.epochs) < 4 or min(levels) < 0.4 or not flat or not still_learns:
         return None
-    where = f"train/loss stays at {last.train_loss:.2f} from epoch {third[0].number} on, {_both(last)}"
+    where = f"train/loss does not fall below {lowest:.2f} from epoch {third[0].number} on, {_both(last)}"
     return Finding("underfitting", where, _more_capacity(e.config))
 
 
@@ -297,7 +322,9 @@ def _both(last: Epoch) -> str:
 def _more_capacity(config: Config) -> str:
     if config.optim.weight_decay > 1e-3 or config.optim.l1:
         return "--optim.weight_decay=0" if config.optim.weight_decay else "--optim.l1=0"
-    return "--model.width=64, or a larger network by --model.name"
+    if config.model.dropout and "dropout" in _settings_of(config):
+        return "--model.dropout=0"
+    return "--model.name=timm/resnet50" if config.model.name.startswith("timm/") else "--model.name=timm/resnet18"
 
 
 def _overfitting(e: Evidence) -> Finding | None:
@@ -305,15 +332,18 @@ def _overfitting(e: Evidence) -> Finding | None:
     if len(measured) < 3 or _unrelated_labels(e):
         return None
     best, last = min(measured, key=lambda epoch: epoch.val_loss), measured[-1]
-    gap = last.train_accuracy - last.val_accuracy
+    end = measured[-max(len(measured) // 3, 1) :]  # of few steps, an epoch's means jump
+    gap = mean(epoch.train_accuracy - epoch.val_accuracy for epoch in end)
+    apart = mean(epoch.val_loss for epoch in end) / max(mean(epoch.train_loss for epoch in end), 1e-9)
     rises = last.val_loss > 1.3 * best.val_loss and last.val_loss - best.val_loss > 0.05 * e.guessing
     if rises and last.train_loss < 0.8 * best.train_loss and gap > 0.02:
         where = (
             f"val/loss is lowest in epoch {best.number} ({best.val_loss:.3g}) and {last.val_loss:.3g} at the end, "
             f"while train/loss falls from {best.train_loss:.3g} to {last.train_loss:.3g}"
         )
-    elif gap > 0.08 and last.val_loss > 2 * last.train_loss and not e.mixes:
-        where = f"train/accuracy is {last.train_accuracy:.1%} at the end, val/accuracy {last.val_accuracy:.1%}"
+    elif gap > 0.08 and apart > 1.5 and not e.mixes:
+        shares = [mean(getattr(epoch, key) for epoch in end) for key in ("train_accuracy", "val_accuracy")]
+        where = f"train/accuracy is {shares[0]:.1%} from epoch {end[0].number} on, and val/accuracy {shares[1]:.1%}"
     else:
         return None
     return Finding("overfitting", where, _regularization(e.config))
@@ -342,14 +372,14 @@ def _starving_device(e: Evidence) -> Finding | None:
 
 def _doubtful_labels(e: Evidence) -> Finding | None:
     doubt = e.doubt
-    # A network that is wrong more often has no opinion that counts.
-    if doubt is None or doubt.mistakes > 0.4 * doubt.of:
+    # A network that is wrong more often, measured by one that guesses, has no opinion that counts.
+    if doubt is None or doubt.mistakes > 0.4 * doubt.of * (1 - 1 / e.classes):
         return None
     if doubt.samples < max(5, 0.02 * doubt.of, 0.25 * doubt.mistakes):
         return None
     where = (
         f"for {doubt.samples} of {doubt.of} {doubt.split} images the network is as sure of another class as it is of "
-        "right ones; figures/mistakes.png shows the worst"
+        "right ones"
     )
     return Finding("labels that look wrong", where, "--train.label_smoothing=0.1, or mend them")
 

@@ -238,11 +238,15 @@ def _label(group: Group, *, with_seeds: bool) -> str:
 def _show_late_epochs(axes: "Axes", curves: Sequence[Curve]) -> None:
     """Let the beginning of a longer training run out of the panel: it is steep for all, and presses the ends together.
 
-    The scale is that of the last two thirds.
+    The scale is that of the last two thirds of each.
     """
-    last = max((shape.epochs[-1] for shape in curves if len(shape.epochs)), default=0)
+    curves = [shape for shape in curves if len(shape.epochs)]
+    last = max((shape.epochs[-1] for shape in curves), default=0)
     ends = [
-        value for shape in curves for values in (shape.low, shape.high) for value in values[shape.epochs >= last / 3]
+        value
+        for shape in curves
+        for values in (shape.low, shape.high)
+        for value in values[shape.epochs >= shape.epochs[-1] / 3]
     ]
     if last >= _LONG_EPOCHS and max(ends) > min(ends):
         margin = 0.08 * (max(ends) - min(ends))

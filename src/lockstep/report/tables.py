@@ -74,13 +74,20 @@ def group_table(groups: Sequence[Group]) -> Table:
             Cell(str(number), float(number)),
             text_cell(group.label),
             text_cell(_states(group)),
-            Cell(str(len(group.seeds)), float(len(group.seeds))),
+            _seeds(group),
             *(_mean(group.values(measure.of), measure) for measure in _MEASURES),
         ]
         for number, group in enumerate(groups, 1)
     ]
     columns = ("#", "group", "state", "seeds", *(measure.title for measure in _MEASURES))
     return Table("Groups: mean ± standard deviation over the seeds of finished runs", columns, rows)
+
+
+def _seeds(group: Group) -> Cell:
+    """How many seeds the means are over, and of how many."""
+    finished = {run.config[SEED] for run in group.runs if run.is_finished}
+    counted, there = len(finished or group.seeds), len(group.seeds)
+    return Cell(str(there) if counted == there else f"{counted} of {there}", float(counted))
 
 
 def _states(group: Group) -> str:
@@ -113,7 +120,10 @@ def _shown_in(group: Group, name: str) -> str:
 
 
 def paired_table(groups: Sequence[Group]) -> Table:
-    """A row per group but the first: a paired t-test of test accuracy against that one, over the seeds of both."""
+    """A row per group but the first: a paired t-test of test accuracy against that one, over the seeds of both.
+
+    Empty if no group shares two seeds with it.
+    """
     first = groups[0].values(_TEST_ACCURACY.of)
     rows = []
     for number, group in enumerate(groups[1:], 2):
@@ -123,7 +133,8 @@ def paired_table(groups: Sequence[Group]) -> Table:
         counts = Cell(str(number), float(number)), text_cell(group.label), Cell(str(test.pairs), float(test.pairs))
         rows.append([*counts, Cell(difference, test.difference), Cell(p, test.p)])
     title = "Paired t-test of test accuracy against group 1, over shared seeds"
-    return Table(title, ("#", "group", "pairs", "mean difference", "p"), rows)
+    told = rows if any(row[2].value >= 2 for row in rows if isinstance(row[2].value, float)) else []
+    return Table(title, ("#", "group", "pairs", "mean difference", "p"), told)
 
 
 def parting_table(runs: Sequence[RunRecord]) -> Table:

@@ -28,6 +28,14 @@ from lockstep.sweep.hyperband import Hyperband, read_hyperband
 _MAX_TASKS = MOST_VALUES
 _DRAWS_PER_TASK = 100  # before we conclude that there are not as many different tasks
 
+_METHODS = ("grid", "random", "bayes")
+_KEYS = (
+    "$schema", "program", "method", "parameters", "metric", "early_terminate", "command", "name", "description",
+    "project", "entity", "run_cap", "settings", "job", "image_uri", "controller",
+)  # fmt: skip
+"""Those of W&B's files"""
+_FIELDS = ("accuracy", "loss", "top5_accuracy", "train_loss", "train_accuracy", "train_val_loss_ratio")
+
 Task = dict[str, Any]
 """Setting -> value"""
 Parameters = dict[str, dict[str, Any]]
@@ -94,10 +102,16 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _understand(path: Path, content: dict[str, Any]) -> Sweep:
+    for key in content:
+        if key not in _KEYS:
+            raise UserError(f"{key} is no key of a sweep file.{did_you_mean(str(key), _KEYS)}".rstrip("."))
     parameters = _parameters(content.get("parameters"))
     method = content.get("method")
+    if method not in _METHODS:
+        given = "there is no method" if method is None else f"method {method} is none of W&B's"
+        raise UserError(f"{given}: grid or random (bayes with W&B's server){did_you_mean(str(method), _METHODS)}")
     if method == "grid":
-        tasks = _grid(parameters)
+        tasks = _grid(parameters)[: _cap(content.get("run_cap"))]
     elif method == "random":
         tasks = _draw(parameters, content.get("run_cap"), str(content.get("name", path.stem)))
     else:
@@ -142,14 +156,24 @@ def _require_varied(name: str) -> None:
         raise UserError(f"{name} is no setting that a sweep can vary.{did_you_mean(name, known)}")
 
 
+def _cap(given: Any) -> int | None:
+    """How many tasks of a grid count; None: all."""
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+        raise UserError(f"run_cap must be a whole number from 1 on, not {given}")
+    return given
+
+
 def _metric(given: Any) -> Metric:
     if given is None:
         return Metric()
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         raise UserError("metric needs a name, for example `metric: {name: val/accuracy, goal: maximize}`")
     split, _, field = given["name"].partition("/")
-    if split != "val" or not field:
-        raise UserError(f"metric {given['name']} is no number of a validation, such as val/accuracy or val/loss")
+    if split != "val" or field not in _FIELDS:
+        near = did_you_mean(given["name"], [f"val/{known}" for known in _FIELDS])
+        raise UserError(
+            f"metric {given['name']} is no number of a validation, such as val/accuracy or val/loss.{near}".rstrip(".")
+        )
     goal = given.get("goal", "minimize")  # W&B's own default
     if goal not in ("minimize", "maximize"):
         raise UserError(f"metric: goal must be minimize or maximize, not {goal}")

@@ -137,12 +137,17 @@ def ranked(results: Iterable[Result], metric: Metric) -> list[Result]:
 
 def as_table(results: Sequence[Result], metric: Metric) -> str:
     """Lines to read, in the order given."""
+
+    def shown(number: float, digits: int) -> str:
+        return "-" if math.isnan(number) else f"{number:.{digits}f}"
+
     lines = [f"{'task':>4}  {metric.name:>14}  {'test/accuracy':>13}  {'seconds':>7}  settings"]
     for result in results:
-        numbers = f"{result.value:>14.4f}  {result.test_accuracy:>13.4f}  {result.seconds:>7.0f}"
+        seconds = shown(result.seconds, 0)
+        numbers = f"{shown(result.value, 4):>14}  {shown(result.test_accuracy, 4):>13}  {seconds:>7}"
         note = "" if result.state == "finished" else f" ({result.state})"
         lines.append(f"{result.run.index:>4}  {numbers}  {result.run.label}{note}")
-    return "\n".join(lines).replace("nan", "  -")
+    return "\n".join(lines)
 
 
 def write_table(results: Sequence[Result], metric: Metric, path: Path) -> None:

@@ -25,7 +25,7 @@ _JUDGE_SECONDS = 1.0
 """Between looks at the validations of running tasks"""
 _AGAIN_SECONDS = 3.0
 """A Ctrl-C later than this after the first is another one, and does not wait for anybody"""
-_MOST_SHOWN = 200
+_MOST_SHOWN = 500
 _TAIL_BYTES = 20_000
 
 Command = Callable[[TaskRun], Sequence[str]]
