@@ -212,3 +212,25 @@ def test_wandbs_agent_starts_the_same_runs(path: Path, monkeypatch: pytest.Monke
         args = {name: {"value": value} for name, value in zip(parameters, values, strict=True)}
         theirs.append(parse_config([*sweep.arguments, *create_sweep_command_args({"args": args})["args"]]).run.name)
     assert theirs == [parse_config(sweep.arguments_of(index)).run.name for index in range(len(sweep.tasks))]
+
+
+GRID = "parameters: {optim.lr: {values: [0.1, 0.2, 0.3]}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: gird", "method gird is none of W&B's: grid or random .* did you mean grid"),
+        ("name: x", "there is no method: grid or random"),
+        ("method: grid\nrun_capp: 3", "run_capp is no key of a sweep file. did you mean run_cap"),
+        ("method: grid\nrun_cap: many", "run_cap must be a whole number from 1 on, not many"),
+        ("method: grid\nmetric: {name: val/acuracy, goal: maximize}", "val/acuracy is no .* did you mean val/accuracy"),
+    ],
+)
+def test_slips_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        read_sweep(written(tmp_path, f"{text}\n{GRID}"))
+
+
+def test_run_cap_cuts_a_grid_as_wandb_does(tmp_path: Path) -> None:
+    assert len(read_sweep(written(tmp_path, f"method: grid\nrun_cap: 2\n{GRID}")).tasks) == 2

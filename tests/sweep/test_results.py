@@ -1,6 +1,7 @@
 """The runs of a sweep's tasks, their table and their figure."""
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,11 @@ def test_a_damaged_list_of_stops_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "stopped.json").write_text("{")
     with pytest.raises(UserError, match=r"stopped.json cannot be read .*: remove it"):
         EarlyStops(tmp_path)
+
+
+def test_names_that_hold_nan_stay_as_they_are(tmp_path: Path) -> None:
+    sweep, runs = planned(tmp_path, "{optim.lr: {value: 0.1}}")
+    named = dataclasses.replace(runs[0], settings={"model.name": "timm/convnext_nano"})
+    result = Result(named, "not begun", math.nan, math.nan, math.nan)
+    (line,) = as_table([result], sweep.metric).splitlines()[1:]
+    assert "convnext_nano" in line and line.split()[:4] == ["0", "-", "-", "-"]
