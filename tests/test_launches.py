@@ -23,8 +23,15 @@ from lockstep.run.history import read_starts
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "network"),
+    [
+        ("no", "fashion_cnn"),
+        ("bf16", "resnet"),
+        pytest.param("no", "resnet", marks=pytest.mark.slow),
+        pytest.param("bf16", "fashion_cnn", marks=pytest.mark.slow),
+    ],
+)
 def test_1_2_3_and_4_processes_are_one_training(
     precision: str, network: str, server: ForkServer, tmp_path: Path
 ) -> None:

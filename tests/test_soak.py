@@ -14,7 +14,8 @@ pytestmark = pytest.mark.launch
 @pytest.mark.parametrize(
     ("form", "kills", "victims"),
     [
-        ("elastic in bf16", 4, ("all", "rank")),
+        ("elastic in bf16", 2, ("all", "rank")),
+        pytest.param("elastic in bf16", 4, ("all", "rank"), marks=pytest.mark.slow),
         pytest.param("launched", 2, ("launcher", "rank"), marks=pytest.mark.slow),
     ],
 )

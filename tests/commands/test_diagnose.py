@@ -42,6 +42,7 @@ def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_looked_into_as_the_end_of_training_does(
     quick_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

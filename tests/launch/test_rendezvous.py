@@ -40,6 +40,7 @@ def test_all_come(tmp_path: Path) -> None:
     assert meeting(tmp_path, [0, 1, 2], 3, 60) == ["True"] * 3
 
 
+@pytest.mark.slow
 def test_those_that_do_not_come_are_named(tmp_path: Path) -> None:
     lines = meeting(tmp_path, [0, 1], 4, 3, LOCAL_WORLD_SIZE="2")
     said = (

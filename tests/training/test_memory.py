@@ -91,7 +91,7 @@ import psutil, train
 from lockstep.errors import one_line_errors
 from lockstep.settings.cli import parse_config
 
-limit = psutil.Process().memory_info().vms + 600 * 2**20
+limit = psutil.Process().memory_info().vms + 800 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 with one_line_errors():
     train.train(parse_config(sys.argv[1:]))
