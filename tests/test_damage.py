@@ -272,7 +272,8 @@ def test_a_killed_rank_ends_the_others_with_one_line(
     assert goes_on_as_if_nothing_had_been(begun, "pair", server, references)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_before_the_ranks_have_connected_does_not_leave_the_others_waiting(
     victim: int, tmp_path: Path, server: ForkServer
 ) -> None:

@@ -93,6 +93,7 @@ end_program()
 """
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole_and_gathered_weights_need_nobody(server: ForkServer, tmp_path: Path) -> None:
     """Three processes, among which no dimension of the network divides."""
     program = tmp_path / "parts.py"
