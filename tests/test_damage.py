@@ -138,6 +138,19 @@ def test_other_damage_costs_the_steps_since_the_newest_checkpoint(
     assert differences(resumed.run, references("alone")) == []
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(
+    tmp_path: Path, server: ForkServer, references: Callable[[str], Path]
+) -> None:
+    begun = start_until(3, FORMS["alone"], tmp_path, server)
+    assert lines_of(begun, "begun before") == []
+    begun.kill()
+    shutil.rmtree(begun.run / "checkpoints")
+    again = Training(FORMS["alone"], tmp_path, server)
+    assert again.finish() == 0, again.output()
+    assert lines_of(again, "begun before") == ["runs/tiny was begun before and has no checkpoint: from the beginning"]
+    assert differences(again.run, references("alone")) == []
+
+
 # ---- disks
 
 

@@ -96,6 +96,7 @@ ORDER = [
     "report.tables",
     "report.fonts",
     "report.figures",
+    "report.page",
     "report.comparison_page",
     "report.predictions",
     "report.exhibits",

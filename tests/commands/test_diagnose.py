@@ -38,7 +38,7 @@ def test_runs_without_a_checkpoint_are_judged_by_their_curves(
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no run in .*: name run folders, such as runs/"):
+    with pytest.raises(UserError, match="there is no run in"):
         main([str(tmp_path)])
 
 

@@ -12,7 +12,7 @@ import pytest
 from folders import finished, lines, write_run
 
 from lockstep.report.comparison import group_runs, read_runs
-from lockstep.report.comparison_page import write_page
+from lockstep.report.comparison_page import write_comparison_page
 from lockstep.report.tables import group_table, paired_table, parting_table, settings_table
 
 HOSTILE = "<script>document.title='x'<b> $$x$$ @run $name {{ 7 * 7 }} \"';--"
@@ -27,7 +27,7 @@ def page(tmp_path: Path) -> Path:
     runs = read_runs(sorted((tmp_path / "runs").iterdir()))
     groups = group_runs(runs)
     tables = [group_table(groups), settings_table(groups), paired_table(groups), parting_table(runs)]
-    write_page(groups, [table for table in tables if table.rows], tmp_path / "page.html")
+    write_comparison_page(groups, [table for table in tables if table.rows], tmp_path / "page.html")
     return tmp_path / "page.html"
 
 

@@ -180,6 +180,9 @@ def test_overfitting() -> None:
     assert (
         gap.sign == "overfitting" and "train/accuracy is 99.0% from epoch 7 on, and val/accuracy 80.0%" in gap.evidence
     )
+    smoothed = history(SOUND, SOUND, accuracies=[(0.9, 0.6)] * 8)  # losses with smoothed labels lie closer together
+    assert the_one(smoothed).sign == "overfitting"
+    assert found(history(SOUND, SOUND, accuracies=[(0.9, 0.8)] * 8)) == []
 
 
 def test_the_remedy_is_one_that_is_not_used_yet() -> None:
@@ -226,8 +229,8 @@ def test_numbers_that_are_none_break_nothing() -> None:
     lost = the_one(history([2.0, math.nan, math.nan]))
     assert lost.sign == "exploding gradients" and "not finite from epoch 2 on" in lost.evidence
     assert the_one(history(SOUND, grad_norm=[0, 0, 0, 2e4, 0, 0, 0, 0])).sign == "exploding gradients"
-    lost = history([math.nan, math.inf, math.nan], grad_norm=[math.nan] * 3)
-    assert all(isinstance(finding, Finding) for finding in found(lost, Probe(1, 0.0, {}, {}, math.nan)))
+    unknown = Probe(64, math.nan, {"relu": math.nan}, {"first": math.nan, "last": 1.0}, math.nan)
+    assert the_one(history(STUCK), unknown).sign == "loss does not fall"
 
 
 def test_a_diagnosis_is_read_back(tmp_path: Path) -> None:
@@ -237,6 +240,10 @@ def test_a_diagnosis_is_read_back(tmp_path: Path) -> None:
     (finding,) = write_diagnosis(tmp_path, evidence)
     again = read_evidence(tmp_path, CONFIG)
     assert again is not None and (again.probe, again.doubt, again.classes) == (HEALTHY, evidence.doubt, 10)
+    unknown = replace(evidence, probe=Probe(64, math.nan, {}, {"first": math.nan, "last": 1.0}, math.nan))
+    write_diagnosis(tmp_path, unknown)
+    again = read_evidence(tmp_path, CONFIG)
+    assert again is not None and again.probe is not None and math.isnan(again.probe.gradients["first"])
     (tmp_path / "diagnosis.json").write_text('{"findings": 3}')
     assert read_evidence(tmp_path, CONFIG) is None
     assert str(finding).startswith("loss does not fall: train/loss goes from") and "; try --optim.lr=" in str(finding)

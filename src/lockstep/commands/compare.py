@@ -7,7 +7,6 @@ and where the runs part, the numerics of both tell why they may. Nothing but the
 """
 
 import argparse
-import glob
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.errors import UserError
-from lockstep.report.comparison import Group, RunRecord, group_runs, read_runs
+from lockstep.report.comparison import Group, RunRecord, find_runs, group_runs, read_runs
 from lockstep.report.tables import (
     Table,
     as_text,
@@ -79,23 +78,6 @@ def _parser() -> argparse.ArgumentParser:
 # ---- Any number of runs ----------------------------------------------------------------------------------------------
 
 
-def find_runs(texts: Sequence[str]) -> list[Path]:
-    """The folders that run folders, folders of them and globs stand for, in the order given.
-
-    A folder in which no run is found stands for itself. Raises UserError for what leads nowhere.
-    """
-    found: list[Path] = []
-    for text in texts:
-        folders = [Path(text)] if Path(text).is_dir() else [Path(path) for path in sorted(glob.glob(text))]
-        folders = [folder for folder in folders if folder.is_dir()]
-        if not folders:
-            raise UserError(f"there is no run in {text}")
-        for folder in folders:
-            inside = [] if _is_run(folder) else sorted(path.parent for path in folder.glob("*/config.yaml"))
-            found += inside or [folder]
-    return found
-
-
 def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
@@ -124,9 +106,9 @@ def _write_files(options: argparse.Namespace, groups: Sequence[Group], tables: S
 
         plot_comparison(groups, options.figure)
     if options.html:
-        from lockstep.report.comparison_page import write_page
+        from lockstep.report.comparison_page import write_comparison_page
 
-        write_page(groups, tables, options.html)
+        write_comparison_page(groups, tables, options.html)
 
 
 # ---- Two runs --------------------------------------------------------------------------------------------------------

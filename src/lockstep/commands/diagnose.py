@@ -16,6 +16,7 @@ from lockstep.errors import UserError, print_line
 from lockstep.evaluation.probe import Probe, probe
 from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
+from lockstep.report.comparison import find_runs
 from lockstep.report.diagnosis import Evidence, diagnose, read_evidence
 from lockstep.run.checkpoint import find_newest
 from lockstep.run.folder import read_summary
@@ -27,10 +28,10 @@ from lockstep.settings.yaml import load_config
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings of each run, or that there are none."""
     parser = argparse.ArgumentParser(prog="lockstep diagnose", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    for run in parser.parse_args(arguments).runs:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, folders of them, globs in quotes")
+    for run in find_runs(parser.parse_args(arguments).runs):
         if not (run / "config.yaml").is_file():
-            raise UserError(f"there is no run in {run}: name run folders, such as runs/*")
+            raise UserError(f"there is no run in {run}")
         print_line(_verdict(run))
     return 0
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lockstep.commands.compare import find_runs
 from lockstep.errors import UserError
+from lockstep.report.comparison import find_runs
 from lockstep.settings.yaml import load_config
 
 

@@ -4,6 +4,7 @@ Nothing but files of the run folders is read. A run that is unfinished, or whose
 fewer numbers: what is absent is not a number (NaN), and no mean counts it.
 """
 
+import glob
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -148,6 +149,27 @@ class Group:
         if not rows.size:
             return Curve(*np.empty((4, 0)))
         return Curve(epochs, np.nanmean(rows, axis=0), np.nanmin(rows, axis=0), np.nanmax(rows, axis=0))
+
+
+def find_runs(texts: Sequence[str]) -> list[Path]:
+    """The folders that run folders, folders of them and globs stand for, in the order given.
+
+    A folder in which no run is found stands for itself. Raises UserError for what leads nowhere.
+    """
+    found: list[Path] = []
+    for text in texts:
+        folders = [Path(text)] if Path(text).is_dir() else [Path(path) for path in sorted(glob.glob(text))]
+        folders = [folder for folder in folders if folder.is_dir()]
+        if not folders:
+            raise UserError(f"there is no run in {text}")
+        for folder in folders:
+            inside = (
+                []
+                if (folder / "config.yaml").is_file()
+                else sorted(path.parent for path in folder.glob("*/config.yaml"))
+            )
+            found += inside or [folder]
+    return found
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:

@@ -5,13 +5,12 @@ escaped by Jinja, and by Bokeh within the figures.
 """
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.files import replace_file
 from lockstep.report.comparison import Group, RunRecord, names_of
 from lockstep.report.figures import GROUP_COLORS, panels_of
+from lockstep.report.page import write_page
 from lockstep.report.tables import Table
 from lockstep.run.history import curve
 
@@ -22,18 +21,17 @@ _MOST_POINTS = 400  # of a line: more make a page larger, not a curve clearer
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
 
 
-def write_page(groups: Sequence[Group], tables: Sequence[Table], path: Path) -> None:
+def write_comparison_page(groups: Sequence[Group], tables: Sequence[Table], path: Path) -> None:
     """Write the tables, and the curves of every run in its group's colour, as one HTML file of some 1.5 MB."""
     from bokeh.embed import components
     from bokeh.resources import Resources
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     plots = [_plot(groups, *panel) for panel in panels_of(groups)]
     script, divisions = components(plots, wrap_script=False)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string((files("lockstep.report") / "comparison_page.html").read_text(encoding="utf-8"))
-    text = page.render(
+    write_page(
+        "comparison_page.html",
+        path,
         number=sum(len(group.runs) for group in groups),
         tables=tables,
         legend=[(group.label, *_look(index)) for index, group in enumerate(groups)],
@@ -42,7 +40,6 @@ def write_page(groups: Sequence[Group], tables: Sequence[Table], path: Path) -> 
         plots=[Markup(division) for division in divisions],
         script=Markup(script),
     )
-    replace_file(path, text.encode(errors="replace"))
 
 
 def _look(index: int) -> tuple[str, str]:

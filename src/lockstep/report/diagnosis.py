@@ -169,11 +169,19 @@ def read_evidence(run_dir: Path, config: Config) -> Evidence | None:
     """What a finished run was diagnosed by; None if there is no such file, or none that can be read."""
     try:
         kept = read_json(run_dir / DIAGNOSIS)
-        probe = Probe(**kept["probe"]) if kept["probe"] else None
+        probe = _as_probe(**kept["probe"]) if kept["probe"] else None
         doubt = Doubt(**kept["doubt"]) if kept["doubt"] else None
         return Evidence(config, int(kept["classes"]), read_history(run_dir), probe, doubt)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _as_probe(
+    *, images: int, accuracy: float, silent: dict[str, float], gradients: dict[str, float], moved: float | None
+) -> Probe:
+    """Of `asdict`, by way of JSON, in which NaN is a text."""
+    silent, gradients = ({name: float(value) for name, value in kept.items()} for kept in (silent, gradients))
+    return Probe(images, float(accuracy), silent, gradients, None if moved is None else float(moved))
 
 
 def _found(rules: Sequence["Rule"], evidence: Evidence) -> list[Finding]:
@@ -205,7 +213,7 @@ def _vanishing_gradients(e: Evidence) -> Finding | None:
     if e.probe is None or len(e.probe.gradients) < 2 or not e.learns_little:
         return None
     (first, low), *_, (last, high) = e.probe.gradients.items()
-    if low >= 1e-3 * high or _silent_layer(e):  # what passes no dead layer has not vanished
+    if not low < 1e-3 * high or _silent_layer(e):  # what passes no dead layer has not vanished
         return None
     where = f"the gradient of {first} is {low / high if high else 0:.1g} times that of {last}, and {e.course}"
     has = _settings_of(e.config)
@@ -264,7 +272,7 @@ def _rate_too_high(e: Evidence) -> Finding | None:
 
 def _rate_too_low(e: Evidence) -> Finding | None:
     moved = e.probe.moved if e.probe else None
-    if moved is None or moved > 0.02 or not e.learns_little:
+    if moved is None or not moved <= 0.02 or not e.learns_little:
         return None
     where = f"the weights moved by {moved:.1%} of their size in all of training, and {e.course}"
     return Finding("learning rate too low", where, e.scaled_lr(10))
@@ -341,7 +349,7 @@ def _overfitting(e: Evidence) -> Finding | None:
             f"val/loss is lowest in epoch {best.number} ({best.val_loss:.3g}) and {last.val_loss:.3g} at the end, "
             f"while train/loss falls from {best.train_loss:.3g} to {last.train_loss:.3g}"
         )
-    elif gap > 0.08 and apart > 1.5 and not e.mixes:
+    elif gap > 0.08 and (apart > 1.5 or gap > 0.2) and not e.mixes:
         shares = [mean(getattr(epoch, key) for epoch in end) for key in ("train_accuracy", "val_accuracy")]
         where = f"train/accuracy is {shares[0]:.1%} from epoch {end[0].number} on, and val/accuracy {shares[1]:.1%}"
     else:

@@ -7,14 +7,13 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lockstep.errors import UserError
-from lockstep.files import replace_file
 from lockstep.report.diagnosis import diagnose, read_evidence
+from lockstep.report.page import write_page
 from lockstep.run.folder import read_summary
 from lockstep.run.history import read_history, read_starts
 from lockstep.settings.cli import DEFAULT_RECIPE
@@ -41,14 +40,12 @@ class _Picture(NamedTuple):
 
 def write_run_page(run_dir: Path) -> Path:
     """Write `report.html` into a run folder, under 3 MB; returns its path."""
-    from jinja2 import Environment, StrictUndefined
-
     config, history, starts = load_config(run_dir / "config.yaml"), read_history(run_dir), read_starts(run_dir)
     evidence = read_evidence(run_dir, config)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("lockstep.report") / "run_page.html").read_text(encoding="utf-8"))
     recipe = _recipe_of(starts)
-    text = template.render(
+    write_page(
+        "run_page.html",
+        run_dir / PAGE,
         name=run_dir.name,
         results=_results(read_summary(run_dir)),
         findings=diagnose(evidence) if evidence else None,
@@ -59,9 +56,7 @@ def write_run_page(run_dir: Path) -> Path:
         digests=_digests(history),
         starts=[_start(start) for start in starts],
     )
-    path = run_dir / PAGE
-    replace_file(path, text.encode(errors="replace"))
-    return path
+    return run_dir / PAGE
 
 
 def _results(summary: dict[str, Any]) -> dict[str, str]:

@@ -56,6 +56,8 @@ def open_tracker(
         tracker.say(f"continuing {run.path} after step {progress.step}")
         if changes:
             tracker.say(f"note: from here on bits may differ from those of an unbroken run: {changes}")
+    elif run.summary:
+        tracker.say(f"{run.path} was begun before and has no checkpoint: from the beginning")
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, sampler.micro_batch_size)}")
     if note := describe_exactness(config.runtime, launch):
         tracker.say(note)
@@ -156,7 +158,8 @@ def report_training(
                 tracker.figure(name, path)
             show_results(tracker, predictions, data)
     if run.config.log.artifacts:
-        share_files(run, tracker)
+        with not_fatal(f"files of {run.path} could not be shared"):
+            share_files(run, tracker)
     run.write_summary(**summary)
     if run.config.log.figures:
         with not_fatal(f"the page of {run.path} could not be written"):
@@ -174,8 +177,8 @@ def report_findings(run: Run, tracker: Tracker, classes: int, seen: Probe | None
     """Say what is wrong with the training, if anything, with what to try."""
     if not tracker.is_main:
         return
-    evidence = Evidence(run.config, classes, read_history(run.path), seen, doubt_of(predictions, "test"))
     with not_fatal(f"{run.path} could not be diagnosed"):
+        evidence = Evidence(run.config, classes, read_history(run.path), seen, doubt_of(predictions, "test"))
         findings = write_diagnosis(run.path, evidence)
         for finding in findings:
             tracker.say(f"diagnosis: {finding}")
