@@ -27,8 +27,7 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.launch.accelerator import build_accelerator, end_program
 from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
-from lockstep.report.predictions import class_table, write_predictions
-from lockstep.report.summary import draw_confusion
+from lockstep.report.evaluation import Evaluated, report_evaluation
 from lockstep.run.folder import difference_of_data
 from lockstep.settings.cli import Evaluation
 
@@ -54,19 +53,13 @@ def evaluate_checkpoint(request: Evaluation) -> None:
 
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
     loader = EvaluationLoader(images, data.num_classes, launch, config)
-    predictions = evaluate(model, loader, transform, accelerator)
+    predictions = evaluate(model, loader, transform, accelerator, with_probabilities=True)
     assert predictions is not None, "nothing interrupts an evaluation here"
 
-    launch.say(
-        f"{request.checkpoint}, {request.split} split: {len(predictions.samples)} samples, {launch.precision_name}, "
-        f"{launch.num_processes} process{'es' * (launch.num_processes > 1)}"
-    )
-    launch.say(f"accuracy {predictions.accuracy!r} ({predictions.accuracy:.2%})  loss {predictions.loss!r}")
-    launch.say(class_table(predictions, data))
     if launch.is_main:
-        table = write_predictions(request.folder, request.split, predictions, images, data)
-        figure = draw_confusion(request.folder, request.split, predictions, data)
-        launch.say(f"predictions: {table}\nconfusion matrix: {figure}")
+        how = f"{launch.precision_name}, {launch.num_processes} process{'es' * (launch.num_processes > 1)}"
+        done = Evaluated(config, request.folder, request.checkpoint, request.split, images, data, predictions)
+        report_evaluation(done, how)
 
 
 if __name__ == "__main__":

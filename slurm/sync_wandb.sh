@@ -47,7 +47,7 @@ upload() { # one run folder's wandb/, if it has news; all parts of the run, whic
 
 while :; do
     failures=0
-    for place in "$folder"/*/wandb; do
+    for place in "$folder"/*/wandb "$folder"/*/wandb/eval/wandb; do
         upload "$place" || failures=$((failures + 1))
     done
     [ -n "$interval" ] || exit $((failures > 0))

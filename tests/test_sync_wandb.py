@@ -32,6 +32,9 @@ class Place:
         path.write_bytes(b"x")
         return path
 
+    def add_evaluation(self, run: str, part: str) -> Path:
+        return self.add(f"{run}/wandb/eval", part)
+
     def command(self, *arguments: str) -> list[str]:
         return ["bash", SCRIPT, *arguments, str(self.folder / "runs")]
 
@@ -68,6 +71,14 @@ def test_uploads_what_is_new_each_run_with_all_its_parts(place: Place) -> None:
     time.sleep(0.05)
     resumed.write_bytes(b"xy")
     assert place.sync().returncode == 0 and len(place.asked()) == 1
+
+
+def test_evaluations_are_uploaded_too(place: Place) -> None:
+    place.add("a", "20260101_000000-aa")
+    evaluation = place.add_evaluation("a", "20260103_000000-aa-step_00000400-test")
+    assert place.sync().returncode == 0
+    assert place.asked()[1] == f"sync --include-synced --yes {evaluation.parent}"
+    assert place.sync().returncode == 0 and place.asked() == []
 
 
 def test_what_failed_is_said_and_tried_again_and_the_others_go_on(place: Place) -> None:

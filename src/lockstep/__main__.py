@@ -9,6 +9,7 @@ from lockstep.errors import UsageError, did_you_mean, one_line_errors
 COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
     "prepare": "fetch data and weights for machines without internet",
+    "report": "write the page of any run anew, report.html",
     "sweep": "list the tasks of a sweep file, train one of them, or all and compare them",
     "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
     "diagnose": "what is wrong with a run, if anything, and one thing to try",

@@ -24,4 +24,4 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Predictio
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
     loader = EvaluationLoader(data.test, 12, Launch(torch.device("cpu"), 1, 0, 0, "no", 1), config)
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
-    return data, evaluate(model, loader, transform, Accelerator(cpu=True))
+    return data, evaluate(model, loader, transform, Accelerator(cpu=True), with_probabilities=True)

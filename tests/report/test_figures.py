@@ -12,8 +12,8 @@ from lockstep.report.figures import (
     plot_confusion_matrix,
     plot_curves,
     plot_distances,
+    plot_gallery,
     plot_samples,
-    plot_transforms,
 )
 
 
@@ -138,14 +138,15 @@ def test_samples_stop_at_25_and_refuse_bad_input(tmp_path: Path) -> None:
 
 def test_transforms_gallery_has_a_labelled_row_each(tmp_path: Path) -> None:
     images = np.repeat(digits()[:4], 3, axis=3)
-    figure = plot_transforms({"original": images, "flip": images[:2, :, ::-1]}, tmp_path / "transforms.png")
+    figure = plot_gallery([("original", images), ("flip", images[:2, :, ::-1])], ["first"], tmp_path / "transforms.png")
     rows = np.array(figure.axes).reshape(2, 4)
     assert [row[0].get_ylabel() for row in rows] == ["original", "flip"]
     assert [len(axes.images) for axes in rows.flat] == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert [axes.get_title() for axes in rows.flat] == ["first", *[""] * 7]
     pixels = png(tmp_path / "transforms.png")
-    assert pixels.shape == (435, 1080, 3) and pixels.std() > 20
+    assert pixels.shape == (480, 1080, 3) and pixels.std() > 20
     with pytest.raises(ValueError, match="no images"):
-        plot_transforms({}, tmp_path / "none.png")
+        plot_gallery([], [], tmp_path / "none.png")
 
 
 def test_same_input_gives_the_same_file_and_no_global_figure(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_any_class_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     """`$` would begin a formula, and bytes that are no UTF-8 have no glyph."""
     plot_confusion_matrix(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
     plot_samples(digits()[:2], [name, "other"], tmp_path / "samples.png")
-    plot_transforms({name: digits()[:2]}, tmp_path / "transforms.png")
+    plot_gallery([(name, digits()[:2])], [], tmp_path / "transforms.png")
 
 
 def some_groups(folder: Path, number: int, *, lr: float = 0.0) -> list[Group]:

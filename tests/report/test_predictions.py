@@ -1,10 +1,12 @@
 """Predictions: names of classes, a table per class, a row per sample."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -35,14 +37,18 @@ def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Predictions]) -
 def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
     data, metrics = evaluated
     kept = np.arange(len(metrics.samples)) % 7 > 0  # as if every seventh image had been skipped
-    columns = ("samples", "labels", "predicted", "confidences", "losses", "better")
+    columns = ("samples", "labels", "predicted", "confidences", "losses", "better", "probabilities")
     some = replace(metrics, **{name: getattr(metrics, name)[kept] for name in columns})
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     images = data.test.subset(order)  # sample i is row order[i] of the source
     path = write_predictions(tmp_path, "test", some, images, data)
     assert path == tmp_path / "predictions_test.parquet"
     table = pq.read_table(path).to_pydict()
-    assert list(table) == ["sample", "label", "prediction", "confidence", "loss"]
+    assert list(table) == ["sample", "image", "label", "prediction", "confidence", "loss", "probabilities"]
+    assert table["image"] == [images.split.where(row) for row in table["sample"]] and "row" in table["image"][0]
+    assert some.probabilities is not None and table["probabilities"] == some.probabilities.tolist()
+    assert [max(row) for row in table["probabilities"]] == pytest.approx(table["confidence"])
+    assert json.loads(pq.read_schema(path).metadata[b"classes"]) == class_names(data)
     assert table["sample"] == order[torch.from_numpy(kept)].tolist()
     assert table["label"] == [str(label) for label in some.labels]
     assert table["prediction"] == [str(prediction) for prediction in some.predicted]

@@ -4,11 +4,14 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from logs import configured, train_record
+from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 
+from lockstep.run.exhibit import Scores
 from lockstep.run.tracker import build_tracker
 
 
@@ -35,6 +38,8 @@ def test_tensorboard_gets_scalars_histograms_pictures_graph_and_results(tmp_path
     tracker.text("config", "lr: 0.1")
     model, random_state = small_network(), torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    labels, probabilities = np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+    tracker.exhibit("pr_curves", lambda: Scores(labels, probabilities, {1: "dog"}))
     tracker.graph(model, torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     tracker.finish({"best_accuracy": 0.9, "state": "finished"})
 
@@ -49,6 +54,8 @@ def test_tensorboard_gets_scalars_histograms_pictures_graph_and_results(tmp_path
     assert events.Histograms("weight")[0].histogram_value.num == 2 and events.Tags()["histograms"] == ["weight"]
     assert (events.Images("samples")[0].width, events.Images("samples")[0].step) == (20, 3)
     assert b"lr: 0.1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    true_positives, false_positives = make_ndarray(events.Tensors("pr_curves/dog")[0].tensor_proto)[:2]
+    assert (true_positives[0], false_positives[0]) == (2, 1) and true_positives[-1] == 0  # at thresholds 0 and 1
     assert events.Tags()["graph"] and "BatchNorm2d" in str(events.Graph())
     assert events.Scalars("final/best_accuracy")[0].value == pytest.approx(0.9)
     assert model.training and torch.equal(torch.get_rng_state(), random_state)

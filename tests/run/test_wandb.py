@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logs import configured, train_record, wandb_records
+from logs import configured, train_record, wandb_points, wandb_records
 
 from lockstep.run.console import Console
-from lockstep.run.exhibit import Artifact, Confusion, Gallery, Table
+from lockstep.run.exhibit import Artifact, Confusion, Gallery, Scores, Table
 from lockstep.run.history import read_history
 from lockstep.run.tracker import Tracker, build_tracker
 
@@ -156,6 +156,7 @@ CALLS: dict[str, Callable[[Tracker, Path], None]] = {
     "table": lambda tracker, place: tracker.exhibit("layers", lambda: Table(("layer",), [("conv",)])),
     "gallery": lambda tracker, place: tracker.exhibit("samples", lambda: Gallery(ARRAY, ["one"])),
     "confusion": lambda tracker, place: tracker.exhibit("confusion", lambda: Confusion(*np.eye(2, dtype=int), "ab")),
+    "curves": lambda tracker, place: tracker.exhibit("pr", lambda: Scores(np.arange(2), np.eye(2), {1: "dog"})),
     "artifact": lambda tracker, place: tracker.exhibit("model", lambda: Artifact("model", [place], ["best"])),
     "alert": lambda tracker, place: tracker.alert("stopped", "after step 7"),
     "close": lambda tracker, place: tracker.finish({}),
@@ -206,6 +207,42 @@ def test_an_alert_is_for_runs_that_are_online(wandb_home: Path) -> None:
     run.offline = True
     Wandb(run).alert("stopped", "after step 7")
     assert len(told) == 1
+
+
+def test_curves_in_wandb_are_those_of_their_own_class(wandb_home: Path) -> None:
+    from lockstep.run.wandb import _as_curves
+
+    labels = np.array([0, 2, 2, 0])  # class 1 has no sample: W&B's own function would take its column for class 2's
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.3, 0.5, 0.2], [0.1, 0.2, 0.7], [0.4, 0.2, 0.4]])
+    charts = _as_curves(Scores(labels, probabilities, {1: "cat", 2: "dog"}))
+    assert charts["pr_curves"].table.columns == ["class", "recall", "precision"]
+    assert charts["pr_curves"].table.data == [
+        ["dog", 0.0, 1.0],
+        ["dog", 0.5, 1.0],
+        ["dog", 0.5, 0.5],
+        ["dog", 1.0, pytest.approx(2 / 3)],
+        ["dog", 1.0, 0.5],
+    ]
+    assert [row[1:] for row in charts["roc_curves"].table.data] == [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]]
+
+
+def test_an_evaluation_is_a_wandb_run_of_its_own(tmp_path: Path, wandb_home: Path, capsys) -> None:
+    from lockstep.run.wandb import Wandb, open_evaluation, run_id
+
+    trained = run_id(tmp_path)
+    copy = Wandb(open_evaluation(configured(wandb="offline"), tmp_path, "step_00000060-test", print))
+    copy.scalars(60, {}, {"test/accuracy": 0.75})
+    copy.close({"split": "test"}, 0)
+    import wandb
+
+    wandb.teardown()
+    (part,) = (tmp_path / "wandb" / "eval" / "wandb").glob("offline-run-*")
+    made = next(record["run"] for record in wandb_records(part) if record["type"] == "run")
+    assert (made["run_id"], made["job_type"]) == (f"{trained}-step_00000060-test", "eval")
+    assert made["run_group"] == tmp_path.name and made["display_name"] == f"{tmp_path.name} step_00000060-test"
+    assert wandb_points(wandb_records(part)) == [{"test/accuracy": 0.75, "step": 60}]
+    assert f"wandb sync {part.parent}/offline-run-*" in capsys.readouterr().out
+    assert not (tmp_path / "wandb" / "latest-run").exists()
 
 
 @pytest.mark.slow

@@ -134,23 +134,32 @@ class _Decoder(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         index, key, min_area = request
-        pixels = self._crop(index, key, min_area) if min_area else self.data.load(index)
-        if pixels is None:
-            channels, height, width = self.data.shape
-            return torch.zeros(height, width, channels, dtype=torch.uint8), torch.tensor(SKIPPED_LABEL), key
-        return pixels, self.data.labels[index], key
+        return *read_sample(self.data, index, key, min_area), key
 
-    def _crop(self, index: int, key: Tensor, min_area: float) -> Tensor | None:
-        """A random part of the full image, resized with antialiasing, uint8 (H, W, C)."""
-        image = self.data.open(index)
-        if image is None:
-            return None
-        x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area, image.width / image.height))
-        left, top = (x - width / 2) * image.width, (y - height / 2) * image.height
-        box = (left, top, left + width * image.width, top + height * image.height)
-        _, target_height, target_width = self.data.shape
-        cut = image.resize((target_width, target_height), Resampling.BILINEAR, box=box)
-        return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
+
+def read_sample(data: ImageSet, index: int, key: Tensor, min_area: float) -> tuple[Tensor, Tensor]:
+    """Image uint8 (H, W, C) and label () of a sample, cut at random by `key` if `min_area` is above 0.
+
+    One that is skipped is black, and of SKIPPED_LABEL.
+    """
+    pixels = _crop(data, index, key, min_area) if min_area else data.load(index)
+    if pixels is None:
+        channels, height, width = data.shape
+        return torch.zeros(height, width, channels, dtype=torch.uint8), torch.tensor(SKIPPED_LABEL)
+    return pixels, data.labels[index]
+
+
+def _crop(data: ImageSet, index: int, key: Tensor, min_area: float) -> Tensor | None:
+    """A random part of the full image, resized with antialiasing, uint8 (H, W, C)."""
+    image = data.open(index)
+    if image is None:
+        return None
+    x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area, image.width / image.height))
+    left, top = (x - width / 2) * image.width, (y - height / 2) * image.height
+    box = (left, top, left + width * image.width, top + height * image.height)
+    _, target_height, target_width = data.shape
+    cut = image.resize((target_width, target_height), Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
 
 
 def _begin_work(program: int, worker: int) -> None:

@@ -25,6 +25,8 @@ class Predictions:
     num_classes: int
     skipped: int = 0
     """Samples of the set without an image"""
+    probabilities: np.ndarray | None = None
+    """Of all classes, float32 (N, classes); None where they were not kept"""
 
     @property
     def loss(self) -> float:

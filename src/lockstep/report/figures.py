@@ -1,6 +1,5 @@
-"""The run's pictures, as PNG files: curves, confusion matrix, samples, the effect of each transform.
+"""The run's pictures, as PNG files: curves, confusion matrix, samples, galleries.
 
-Figures are made with matplotlib's object API alone: no global state, no window, safe on any machine and in any thread.
 Every function writes its file atomically, at a size that depends only on how much there is to show, and returns the
 figure.
 """
@@ -10,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.files import written_aside
+from lockstep.report.canvas import FAINT, GRID, INK, draw_image, dress, new_figure, save, scale, shorten
 from lockstep.report.comparison import Curve, Group
-from lockstep.report.fonts import drawable, set_fonts
 from lockstep.run.history import Point, curve
 
 if TYPE_CHECKING:
@@ -21,9 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_DPI = 150
 _COLORS = {"train": "#3b6fb6", "val": "#d9702b", "test": "#2a8a57"}  # told apart by colour-blind readers too
-_INK, _FAINT, _GRID, _WRONG = "#333333", "#8a8a8a", "#e6e6e6", "#c0392b"
+_WRONG = "#c0392b"
 _MOST_SAMPLES = 25
 _MOST_COUNTS = 25
 _MOST_NAMES = 50
@@ -48,12 +45,12 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
 
     1800 x 570 pixels. Accuracy is a share in [0, 1] in the records and drawn in %. A panel without any number says so.
     """
-    figure = _new_figure(12, 3.8)
+    figure = new_figure(12, 3.8)
     loss, accuracy, lr = figure.subplots(1, 3)
     _draw_metric(loss, "Loss", {split: curve(history, split, "loss") for split in _COLORS})
     _draw_metric(accuracy, "Accuracy", {split: curve(history, split, "accuracy") for split in _COLORS}, percent=True)
     _draw_metric(lr, "Learning rate", {"train": curve(history, "train", "lr")})
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
@@ -69,17 +66,17 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
     labels = [_label(group, with_seeds=has_seeds) for group in groups]
     columns = max(1, min(len(groups), _LEGEND_LETTERS // (max(map(len, labels)) + 8)))
     lines, rows = math.ceil(len(groups) / columns), math.ceil(len(panels) / 3)
-    figure = _new_figure(12, 3.8 * rows + 0.24 * lines + 0.4)
+    figure = new_figure(12, 3.8 * rows + 0.24 * lines + 0.4)
     grid = figure.subplots(rows, math.ceil(len(panels) / rows), squeeze=False).flat
     for axes, (title, split, key) in zip(grid, panels, strict=True):
-        _dress(axes, title)
-        _scale(axes, percent=key == "accuracy")
+        dress(axes, title)
+        scale(axes, percent=key == "accuracy")
         axes.xaxis.get_major_locator().set_params(integer=True)
         curves = [group.curve(split, key) for group in groups]
         for index, shape in enumerate(curves):
             _draw_group(axes, shape, index, labels[index])
         if not axes.lines:
-            axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
+            axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=FAINT)
         if key == "lr":
             _show_far_rates(axes)
         else:
@@ -88,7 +85,7 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     if has_seeds:
         legend.set_title("Line: mean over seeds; band: lowest to highest")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Path) -> "Figure":
@@ -104,7 +101,7 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
     if counts.shape != (number, number) or number == 0:
         raise ValueError(f"a confusion matrix of shape {counts.shape} does not fit {number} class names")
     side = min(max(6.0, 3.2 + 0.36 * number), 15.0)
-    figure = _new_figure(side, side * 0.92)
+    figure = new_figure(side, side * 0.92)
     axes = figure.subplots()
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)  # a class without samples stays white
@@ -114,13 +111,13 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
     _name_classes(axes, classes)
     right, total = int(np.trace(counts)), int(counts.sum())
     title = f"{right:,} of {total:,} right: accuracy {right / total:.1%}" if total else "no samples"
-    axes.set_title(title.replace("%", " %"), color=_INK, fontsize=12, fontweight="bold", loc="left", pad=10)
+    axes.set_title(title.replace("%", " %"), color=INK, fontsize=12, fontweight="bold", loc="left", pad=10)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, aspect=30, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share * 100:.0f} %")
-    bar.set_label("share of the true class", color=_INK)
+    bar.set_label("share of the true class", color=INK)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelcolor=_INK, labelsize=9)
-    return _save(figure, path)
+    bar.ax.tick_params(length=0, labelcolor=INK, labelsize=9)
+    return save(figure, path)
 
 
 def plot_samples(
@@ -138,68 +135,55 @@ def plot_samples(
         raise ValueError(f"{len(images)} images need as many titles and marks, not {len(titles)} and {len(marks)}")
     columns = math.ceil(math.sqrt(number))
     lines = 1 + max(title.count("\n") for title in titles[:number])
-    figure = _new_figure(columns * 1.7, math.ceil(number / columns) * (1.8 + 0.15 * lines))
+    figure = new_figure(columns * 1.7, math.ceil(number / columns) * (1.8 + 0.15 * lines))
     grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False).flat
     for index, axes in enumerate(grid):
-        _draw_image(axes, images[index] if index < number else None)
+        draw_image(axes, images[index] if index < number else None)
         if index < number:
-            color = _WRONG if marks[index] else _INK
+            color = _WRONG if marks[index] else INK
             axes.set_title(_lines(titles[index]), fontsize=10, color=color, pad=4)
             if marks[index]:
                 axes.spines[:].set(visible=True, color=_WRONG, linewidth=2)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def plot_transforms(rows: "dict[str, np.ndarray]", path: Path) -> "Figure":
-    """Gallery of what transforms do: one labelled row of images per transform, in the order given.
+def plot_gallery(rows: "Sequence[tuple[str, np.ndarray]]", titles: Sequence[str], path: Path) -> "Figure":
+    """Rows of images with a name each, and a title above each column.
 
-    rows: name -> uint8 (N, H, W, C), C = 1 or 3; a shorter row leaves its last places empty. Raises ValueError if
+    rows: names and uint8 (N, H, W, C), C = 1 or 3; a shorter row leaves its last places empty. Raises ValueError if
     there is no image.
     """
-    columns = max((len(images) for images in rows.values()), default=0)
+    columns = max((len(images) for _, images in rows), default=0)
     if columns == 0:
         raise ValueError(f"no images to draw in {path}")
-    figure = _new_figure(1.8 + columns * 1.35, len(rows) * 1.4 + 0.1)
+    figure = new_figure(1.8 + columns * 1.35, len(rows) * 1.4 + 0.4)
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, images) in zip(grid, rows.items(), strict=True):
+    for line, (name, images) in zip(grid, rows, strict=True):
         for index, axes in enumerate(line):
-            _draw_image(axes, images[index] if index < len(images) else None)
+            draw_image(axes, images[index] if index < len(images) else None)
         line[0].set_ylabel(
-            _shorten(name, _LONGEST_NAME), rotation=0, ha="right", va="center", labelpad=8, fontsize=11, color=_INK
+            shorten(name, _LONGEST_NAME), rotation=0, ha="right", va="center", labelpad=8, fontsize=11, color=INK
         )
-    return _save(figure, path)
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=10, color=INK, pad=4)
+    return save(figure, path)
 
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 
 def _draw_metric(axes: "Axes", title: str, curves: dict[str, list[Point]], *, percent: bool = False) -> None:
-    _dress(axes, title)
+    dress(axes, title)
     if not any(curves.values()):
-        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=FAINT)
         axes.set(xticks=[], yticks=[])
         return
-    _scale(axes, percent=percent)
+    scale(axes, percent=percent)
     shown = "{:.1%}" if percent else "{:.3f}"
     for split, points in curves.items():
         _draw_line(axes, split, points, shown)
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=1.6)
-
-
-def _dress(axes: "Axes", title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8)
-    axes.set_xlabel("Epoch", color=_INK, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=9)
-
-
-def _scale(axes: "Axes", *, percent: bool) -> None:
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.03, y=0.08)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.6)
 
 
 def _draw_line(axes: "Axes", split: str, points: list[Point], shown: str) -> None:
@@ -232,7 +216,7 @@ def _rates_differ(groups: Sequence[Group]) -> bool:
 
 def _label(group: Group, *, with_seeds: bool) -> str:
     number = len(group.seeds)
-    return _shorten(group.label, _LONGEST_LABEL) + f" ({number} seed{'s' * (number != 1)})" * with_seeds
+    return shorten(group.label, _LONGEST_LABEL) + f" ({number} seed{'s' * (number != 1)})" * with_seeds
 
 
 def _show_late_epochs(axes: "Axes", curves: Sequence[Curve]) -> None:
@@ -297,64 +281,27 @@ def _draw_group(axes: "Axes", shape: Curve, index: int, label: str) -> None:
 def _write_counts(axes: "Axes", counts: "np.ndarray", shares: "np.ndarray") -> None:
     size = 11 if len(counts) <= 12 else 8
     for row, column in zip(*counts.nonzero(), strict=True):
-        color = "white" if shares[row, column] > 0.5 else _INK
+        color = "white" if shares[row, column] > 0.5 else INK
         count = int(counts[row, column])
         axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=size)
 
 
 def _name_classes(axes: "Axes", classes: Sequence[str]) -> None:
     every = math.ceil(len(classes) / _MOST_NAMES)
-    names = [_shorten(name, _LONGEST_NAME) for name in classes[::every]]
+    names = [shorten(name, _LONGEST_NAME) for name in classes[::every]]
     places = range(0, len(classes), every)
     upright = len(names) > 15 or max(map(len, names)) > 4
     size = 10 if len(names) <= 25 else 8
-    axes.set_xticks(places, names, rotation=90 if upright else 0, fontsize=size, color=_INK)
-    axes.set_yticks(places, names, fontsize=size, color=_INK)
-    axes.set_xlabel("predicted class", color=_INK, fontsize=11)
-    axes.set_ylabel("true class", color=_INK, fontsize=11)
+    axes.set_xticks(places, names, rotation=90 if upright else 0, fontsize=size, color=INK)
+    axes.set_yticks(places, names, fontsize=size, color=INK)
+    axes.set_xlabel("predicted class", color=INK, fontsize=11)
+    axes.set_ylabel("true class", color=INK, fontsize=11)
     axes.tick_params(length=0)
-    axes.spines[:].set_color(_GRID)
-
-
-# ---- Shared ----------------------------------------------------------------------------------------------------------
-
-
-def _new_figure(width_inches: float, height_inches: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-    figure = Figure(figsize=(width_inches, height_inches), dpi=_DPI, layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _draw_image(axes: "Axes", image: "np.ndarray | None") -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    if image is None:
-        return
-    assert image.ndim == 3 and image.shape[2] in (1, 3), image.shape
-    shown = image[:, :, 0] if image.shape[2] == 1 else image
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.spines[:].set_color(GRID)
 
 
 def _lines(title: str) -> str:
-    return "\n".join(_shorten(line, 24) for line in title.split("\n"))
-
-
-def _shorten(text: str, most: int) -> str:
-    """A name as it can be drawn: `$` would begin a formula; control characters and bytes of no UTF-8 have no glyph."""
-    text = drawable("".join(letter if letter.isprintable() else "?" for letter in text)).replace("$", r"\$")
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _save(figure: "Figure", path: Path) -> "Figure":
-    set_fonts(figure)
-    with written_aside(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI)
-    return figure
+    return "\n".join(shorten(line, 24) for line in title.split("\n"))
 
 
 Distances = dict[str, dict[str, Sequence[float]]]
@@ -366,7 +313,7 @@ def plot_distances(panels: dict[str, Distances], steps: Sequence[int], path: Pat
     `panels`: title to program to launch to relative distances; a program has a colour. A distance of 0, which a
     logarithmic axis has no place for, is drawn at its foot. 1800 x 630 pixels for two panels.
     """
-    figure = _new_figure(6 * len(panels), 4.2)
+    figure = new_figure(6 * len(panels), 4.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     floor = 1e-9
     for axes, (title, programs) in zip(all_axes, panels.items(), strict=True):
@@ -374,12 +321,12 @@ def plot_distances(panels: dict[str, Distances], steps: Sequence[int], path: Pat
             for (launch, distances), style in zip(launches.items(), ("-", "--", ":"), strict=False):
                 heights = [max(distance, floor) for distance in distances]
                 axes.plot(steps, heights, style, color=color, linewidth=2.0, label=f"{program}, {launch}")
-        axes.set_title(title, loc="left", fontweight="bold", color=_INK)
-        axes.set_xlabel("Step", color=_INK)
+        axes.set_title(title, loc="left", fontweight="bold", color=INK)
+        axes.set_xlabel("Step", color=INK)
         axes.set_yscale("log")
         axes.set_ylim(floor / 2, 10)
     ticks = [10.0**exponent for exponent in range(-7, 2, 2)]
     all_axes[0].set_yticks([floor, *ticks], ["0", *(f"$10^{{{round(math.log10(tick))}}}$" for tick in ticks)])
-    all_axes[0].set_ylabel("Distance from one process", color=_INK)
+    all_axes[0].set_ylabel("Distance from one process", color=INK)
     all_axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, path)
+    return save(figure, path)

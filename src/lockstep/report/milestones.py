@@ -12,6 +12,7 @@ from lockstep.data.loader import TrainLoader
 from lockstep.errors import UserError
 from lockstep.evaluation.probe import Probe, probe
 from lockstep.launch.accelerator import Launch
+from lockstep.launch.load import node_loads
 from lockstep.launch.preemption import Preemption
 from lockstep.lease import Lease
 from lockstep.report.summary import not_fatal, report_divergence, report_findings, report_pause, report_training
@@ -61,7 +62,8 @@ def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
     lap = t.stopwatch.lap()
     text = as_text(require_same_weights(t, int(weights)))
     record = train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, lap)
-    t.tracker.log(record | t.gradients.pace.read(t.launch))
+    loads = node_loads(t.launch) if t.run.config.log.all_nodes else {}
+    t.tracker.log(record | t.gradients.pace.read(t.launch) | loads)
     t.meter.start_window()
     if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:
         t.checkpointer.wait()
@@ -131,7 +133,7 @@ def finish(t: Training) -> int:
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     seen = look(t)
     t.checkpointer.load_best()
-    predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted)
+    predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=True)
     t.stopwatch.read()
     if predictions is None:
         return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)

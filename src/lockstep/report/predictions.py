@@ -1,11 +1,13 @@
 """What a network predicted: a table per class, a file with a row per sample, and the images behind the rows."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.data.images import Data, ImageSet
 from lockstep.evaluation.metrics import Predictions
+from lockstep.files import written_aside
 
 
 def class_names(data: Data) -> list[str]:
@@ -41,20 +43,29 @@ def class_table(predictions: Predictions, data: Data) -> str:
 
 
 def write_predictions(folder: Path, split: str, predictions: Predictions, images: ImageSet, data: Data) -> Path:
-    """One row per sample: row in the source's split, label, prediction, confidence, loss; returns the file's path."""
+    """One row per sample, `predictions_<split>.parquet`; returns the file's path.
+
+    Columns: sample (row in the source's split), image (its file, or how messages name it), label, prediction,
+    confidence, loss, and, where they were kept, probabilities (a list in the order of the classes, which the file's
+    metadata name).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = np.array(class_names(data))
-    table = pa.table(
-        {
-            "sample": images.rows[predictions.samples].numpy(),
-            "label": names[predictions.labels],
-            "prediction": names[predictions.predicted],
-            "confidence": predictions.confidences,
-            "loss": predictions.losses,
-        }
-    )
+    names, rows = np.array(class_names(data)), images.rows[predictions.samples].numpy()
+    columns = {
+        "sample": rows,
+        "image": [images.split.where(int(row)).encode(errors="replace").decode() for row in rows],
+        "label": names[predictions.labels],
+        "prediction": names[predictions.predicted],
+        "confidence": predictions.confidences,
+        "loss": predictions.losses,
+    }
+    if predictions.probabilities is not None:
+        flat = pa.array(predictions.probabilities.ravel())
+        columns["probabilities"] = pa.FixedSizeListArray.from_arrays(flat, predictions.num_classes)
+    table = pa.table(columns).replace_schema_metadata({"classes": json.dumps(names.tolist())})
     path = folder / f"predictions_{split}.parquet"
-    pq.write_table(table, path)
+    with written_aside(path) as file:
+        pq.write_table(table, file)
     return path

@@ -26,8 +26,10 @@ _HEADLINE = ("state", "test_accuracy", "best_val_accuracy", "test_loss", "epochs
 _PICTURES = {
     "curves": "Curves",
     "confusion_matrix": "Confusion matrix of the test set",
+    "pr_roc": "Precision, recall and ROC on the test set",
     "mistakes": "Worst mistakes on the test set",
     "samples": "Samples of the training set",
+    "augmentation": "What augmentation makes of them",
 }
 
 

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from lockstep.data.images import SKIPPED_LABEL, Data
@@ -21,8 +20,7 @@ from lockstep.launch.numerics import describe_changes, describe_exactness, numer
 from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
 from lockstep.report.exhibits import share_files, show_results
-from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_samples
-from lockstep.report.predictions import class_names, pixels, worst_mistakes
+from lockstep.report.run_figures import draw_figures
 from lockstep.report.run_page import PAGE, write_run_page
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
@@ -33,8 +31,6 @@ from lockstep.training.calendar import Calendar
 from lockstep.training.progress import Progress
 
 _logger = logging.getLogger(__name__)
-
-_GALLERY = 25
 
 
 def open_tracker(
@@ -82,6 +78,7 @@ def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calen
         "state": "preempted",
         "steps": progress.step,
         "epochs": calendar.epoch_of(progress.step),
+        "best_val_accuracy": progress.best_accuracy if progress.best_step else None,
         **_times(progress),
     }
     if tracker.is_main:
@@ -156,7 +153,7 @@ def report_training(
         with not_fatal(f"the figures of {run.path} could not be drawn"):
             for name, path in draw_figures(run, predictions, data).items():
                 tracker.figure(name, path)
-            show_results(tracker, predictions, data)
+            show_results(tracker, run.config, predictions, data)
     if run.config.log.artifacts:
         with not_fatal(f"files of {run.path} could not be shared"):
             share_files(run, tracker)
@@ -192,29 +189,3 @@ def _skipped_images(run: Run, data: Data) -> int:
     streamed = {name for name, part in vars(data).items() if name in ("train", "val", "test") and part not in decoded}
     counts = [line.get("skipped_images", 0) for line in read_history(run.path) if line.get("split") in streamed]
     return sum(int((part.labels == SKIPPED_LABEL).sum()) for part in decoded) + sum(map(int, counts))
-
-
-def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Path]:
-    """Draw curves, confusion matrix and sample galleries into the run folder."""
-    folder = run.path / "figures"
-    paths = {name: folder / f"{name}.png" for name in ("curves", "confusion_matrix", "samples", "mistakes")}
-    names = class_names(data)
-    plot_curves(read_history(run.path), paths["curves"])
-    draw_confusion(run.path, "test", predictions, data)
-    first = np.arange(min(_GALLERY, len(data.train)))
-    labels = data.train.labels[: len(first)].tolist()
-    plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], paths["samples"])
-    worst = worst_mistakes(predictions, _GALLERY)
-    if not len(worst):
-        del paths["mistakes"]
-        return paths
-    titles = [f"{names[predictions.labels[i]]},\ntaken for {names[predictions.predicted[i]]}" for i in worst]
-    plot_samples(pixels(data.test, predictions.samples[worst]), titles, paths["mistakes"])
-    return paths
-
-
-def draw_confusion(folder: Path, split: str, predictions: Predictions, data: Data) -> Path:
-    """Draw the confusion matrix of a split; returns the picture's path."""
-    path = folder / "figures" / ("confusion_matrix.png" if split == "test" else f"confusion_matrix_{split}.png")
-    plot_confusion_matrix(predictions.confusion, class_names(data), path)
-    return path

@@ -35,6 +35,18 @@ class Confusion:
     classes: Sequence[str]
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How probable some classes are for each sample: what precision-recall and ROC curves are drawn from."""
+
+    labels: "np.ndarray"
+    """int64 (N,)"""
+    probabilities: "np.ndarray"
+    """(N, classes)"""
+    shown: dict[int, str]
+    """Names of those to draw, by class number"""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """Files that are kept in versions."""
@@ -46,4 +58,4 @@ class Artifact:
     """Names by which this version can be asked for"""
 
 
-Exhibit = Table | Gallery | Confusion | Artifact
+Exhibit = Table | Gallery | Confusion | Scores | Artifact

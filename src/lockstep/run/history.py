@@ -136,7 +136,8 @@ def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) 
     equal_through = 0
     for split, step in shared:
         one, other = ours[split, step], theirs[split, step]
-        differing = [key for key in one.keys() & other.keys() if one[key] != other[key] and key not in _SPEEDS]
+        both = [key for key in one.keys() & other.keys() if key not in _SPEEDS and not key.startswith("node")]
+        differing = [key for key in both if one[key] != other[key]]
         if differing:
             key = min(differing, key=lambda key: (key != "digest", key))
             through = f"equal to the last bit through step {equal_through}" if equal_through else "not equal"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from lockstep.run.exhibit import Exhibit
+from lockstep.run.exhibit import Exhibit, Scores
 from lockstep.run.history import numbers_of
 from lockstep.settings.config import Config, plain_settings
 
@@ -46,7 +46,11 @@ class TensorBoard:
         self._writer.add_graph(copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu())
 
     def exhibit(self, step: int, name: str, item: Exhibit) -> None:
-        """TensorBoard has the figures, which show the same."""
+        """Curves of precision and recall; the figures show the rest."""
+        if isinstance(item, Scores):
+            for number, shown in item.shown.items():
+                positive, scores = item.labels == number, item.probabilities[:, number]
+                self._writer.add_pr_curve(f"{name}/{shown}", positive, scores, global_step=step)
 
     def alert(self, title: str, text: str) -> None:
         """TensorBoard writes to nobody."""

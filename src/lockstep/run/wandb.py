@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,54 @@ import wandb
 from torch import nn
 
 from lockstep.errors import first_line
+from lockstep.evaluation.ranking import rank_class
 from lockstep.files import plain, replace_file
-from lockstep.run.exhibit import Artifact, Confusion, Exhibit, Gallery, Table
+from lockstep.run.exhibit import Artifact, Confusion, Exhibit, Gallery, Scores, Table
 from lockstep.settings.config import Config
 
 QUIET: dict[str, Any] = {"silent": True, "console": "off"}
 INIT_SECONDS = 30.0
 CALL_SECONDS = 60.0
 FINISH_SECONDS = 120.0
+_CURVE_POINTS = 200
 
 
 def open_wandb(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
     """The W&B run of this run folder, or None where W&B is switched off; offline where online is not possible."""
+    return _open_run(config.log.wandb, run_dir, describe_run(config, run_dir, environment), say)
+
+
+def open_evaluation(config: Config, folder: Path, what: str, say: Callable[[str], None]) -> Any:
+    """The W&B run of one evaluation: `what` names checkpoint and split. The same again is the same W&B run.
+
+    It stands in the training's group, or in one of the run's name, and lies in `wandb/eval`, where it does not pass
+    for the training's newest part. None where W&B is switched off.
+    """
+    trained = folder / "wandb" / "run_id"
+    of_run = trained.read_text().strip() if trained.is_file() else sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+    described = describe_run(config, folder, None)
+    described |= {"job_type": "eval", "name": f"{described['name']} {what}", "id": f"{of_run}-{what}"}
+    described["group"] = described["group"] or folder.resolve().name
+    place = folder / "wandb" / "eval"
+    place.mkdir(parents=True, exist_ok=True)
+    return _open_run(config.log.wandb, place, described, say)
+
+
+def _open_run(wanted: str, run_dir: Path, described: dict[str, Any], say: Callable[[str], None]) -> Any:
     with _signals_held():  # W&B's own process would not wait for the end of the step
-        return _open_run(config, run_dir, environment, say)
+        return _open_held(wanted, run_dir, described, say)
 
 
-def _open_run(config: Config, run_dir: Path, environment: dict[str, Any] | None, say: Callable[[str], None]) -> Any:
-    wanted = config.log.wandb
+def _open_held(wanted: str, run_dir: Path, described: dict[str, Any], say: Callable[[str], None]) -> Any:
     forced: dict[str, Any] = {} if wanted == "auto" else {"mode": wanted}
     session = wandb.setup(wandb.Settings(**QUIET, **forced)).settings
     if session.mode == "disabled":  # auto, and WANDB_MODE=disabled
         return None
     # Copies of tables and artifacts belong to the run, not into a home that may be full.
     os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
-    options = describe_run(config, run_dir, environment) | {
-        "id": run_id(run_dir, session.run_id),
+    options = {
+        **described,
+        "id": described.get("id") or run_id(run_dir, session.run_id),
         "resume": "allow",
         "dir": str(run_dir),
         "settings": wandb.Settings(**QUIET, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
@@ -140,6 +163,8 @@ class Wandb:
     def exhibit(self, step: int, name: str, item: Exhibit) -> None:
         if isinstance(item, Artifact):
             _limited(CALL_SECONDS, lambda: self._keep(f"{name}-{self._run.id}", item))
+        elif isinstance(item, Scores):
+            self._log(step, lambda: _as_curves(item))
         else:
             self._log(step, lambda: {name: _as_media(item)})
 
@@ -175,6 +200,35 @@ def _as_media(item: Table | Gallery | Confusion) -> Any:
         preds=item.predicted.tolist(),
         class_names=list(item.classes),
         title="Confusion matrix",
+    )
+
+
+def _as_curves(item: Scores) -> dict[str, Any]:
+    """W&B's own charts of precision and recall, and of the ROC, with curves of ours.
+
+    Its functions that compute them, too, name the wrong class where one has no sample, and import pandas.
+    """
+    precisions, rocs = [], []
+    for number, name in item.shown.items():
+        ranking = rank_class(item.probabilities[:, number], item.labels == number)
+        if ranking is None:
+            continue
+        thin = ranking.thinned(_CURVE_POINTS)
+        for recall, precision, false in zip(thin.recall, thin.precision, thin.false_positive_rate, strict=True):
+            precisions.append([name, float(recall), float(precision)])
+            rocs.append([name, float(false), float(recall)])
+    return {
+        "pr_curves": _as_area(precisions, "Precision and recall", ("recall", "precision")),
+        "roc_curves": _as_area(rocs, "ROC", ("false positive rate", "true positive rate")),
+    }
+
+
+def _as_area(rows: list[list[Any]], title: str, axes: tuple[str, str]) -> Any:
+    return wandb.plot_table(
+        vega_spec_name="wandb/area-under-curve/v0",
+        data_table=wandb.Table(columns=["class", *axes], data=rows),
+        fields={"class": "class", "x": axes[0], "y": axes[1]},
+        string_fields={"title": title, "x-axis-title": axes[0], "y-axis-title": axes[1]},
     )
 
 

@@ -437,6 +437,8 @@ class LogConfig(_Section):
     """Draw the run's pictures (curves, confusion matrix, samples) and write its page, report.html"""
     artifacts: bool = False
     """Give W&B the best and the last weights and a split that was drawn, as versioned artifacts: they are uploaded"""
+    all_nodes: bool = False
+    """Write processor, memory and GPU load of every node into each training line; W&B alone knows its own machine's"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.every_steps >= 1, f"--log.every_steps={self.every_steps} must be at least 1")
@@ -510,6 +512,7 @@ _SHAPELESS = {
         "figures",
         "artifacts",
         "trackers",
+        "all_nodes",
     },
 }
 

@@ -42,10 +42,14 @@ class Learner:
     launch: Launch
     config: Config
 
-    def evaluate(self, images: ImageSet, num_classes: int, interrupted: Callable[[], bool]) -> Predictions | None:
+    def evaluate(
+        self, images: ImageSet, num_classes: int, interrupted: Callable[[], bool], *, with_probabilities: bool = False
+    ) -> Predictions | None:
         """What the network as it is now does on a set, every process taking part; None if interrupted on any."""
         loader = EvaluationLoader(images, num_classes, self.launch, self.config)
-        return evaluate(self.model, loader, self.transform, self.accelerator, interrupted)
+        return evaluate(
+            self.model, loader, self.transform, self.accelerator, interrupted, with_probabilities=with_probabilities
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the network holds the averages of its weights, if there are any."""

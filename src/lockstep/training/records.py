@@ -31,12 +31,13 @@ def train_record(
 
 
 def val_record(progress: Progress, calendar: Calendar, predictions: Predictions) -> dict[str, Any]:
-    """A validation line, beside the means of training since the validation before."""
+    """A validation line: the best so far, and the means of training since the validation before, beside it."""
     train = means(progress.epoch)
     return {
         **calendar.place(progress.step),
         "split": "val",
         **predictions.headline(),
+        **({"best_accuracy": progress.best_accuracy} if progress.best_step else {}),
         "train_loss": train["loss"],
         "train_accuracy": train["accuracy"],
         "train_val_loss_ratio": train["loss"] / max(predictions.loss, 1e-12),

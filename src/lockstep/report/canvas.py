@@ -1,0 +1,72 @@
+"""What all pictures of a report share: paper, ink, axes, names as they can be drawn, and a file written at once.
+
+Figures are made with matplotlib's object API alone: no global state, no window, safe on any machine and in any thread.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.files import written_aside
+from lockstep.report.fonts import drawable, set_fonts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
+
+
+def new_figure(width_inches: float, height_inches: float) -> "Figure":
+    """A white sheet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(axes: "Axes", title: str, x_label: str = "Epoch") -> None:
+    """Title, label of the horizontal axis, quiet lines."""
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=8)
+    axes.set_xlabel(x_label, color=INK, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
+
+
+def scale(axes: "Axes", *, percent: bool) -> None:
+    """A vertical axis of plain numbers, or of shares that are shown in %."""
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.03, y=0.08)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
+
+
+def draw_image(axes: "Axes", image: "np.ndarray | None") -> None:
+    """uint8 (H, W, C), C = 1 or 3, without axes; None: an empty place."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if image is None:
+        return
+    assert image.ndim == 3 and image.shape[2] in (1, 3), image.shape
+    shown = image[:, :, 0] if image.shape[2] == 1 else image
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def shorten(text: str, most: int) -> str:
+    """A name as it can be drawn: `$` would begin a formula; control characters and bytes of no UTF-8 have no glyph."""
+    text = drawable("".join(letter if letter.isprintable() else "?" for letter in text)).replace("$", r"\$")
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def save(figure: "Figure", path: Path) -> "Figure":
+    """Write a PNG file, as a whole or not at all."""
+    set_fonts(figure)
+    with written_aside(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+    return figure
