@@ -93,6 +93,49 @@ def test_other_settings_are_refused_with_the_changed_keys_and_the_way_out(begun:
     assert folder_contents(begun.path) == before
 
 
+def with_epochs(config: Config, epochs: int, **schedule: Any) -> Config:
+    train, shape = replace(config.train, epochs=epochs), replace(config.schedule, **schedule)
+    return replace(config, train=train, schedule=shape)
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "exponential", "plateau", "cosine_restarts"])
+def test_more_epochs_make_a_run_longer(name: str, tmp_path: Path) -> None:
+    config = with_epochs(config_in(tmp_path), 4, name=name)
+    open_run(config, LAUNCH).create()
+    open_run(config, LAUNCH).write_summary(state="finished")
+    assert open_run(config, LAUNCH).is_finished
+    longer = open_run(with_epochs(config, 6, name=name), LAUNCH)
+    assert longer.old_epochs == 4 and not longer.is_finished
+
+
+@pytest.mark.parametrize(
+    ("train", "schedule", "cause"),
+    [
+        ({}, {"name": "cosine"}, "lays its learning rates out over all epochs"),
+        ({}, {"name": "onecycle"}, "lays its learning rates out over all epochs"),
+        ({"max_steps": 3}, {}, "it ends with --train.max_steps=3"),
+        ({"best_from_epoch": 5}, {}, "its end counted as the best before epoch 5"),
+        ({"validate_every_epochs": 3}, {}, "its last validation, after epoch 4, would not have been one"),
+    ],
+)
+def test_a_run_is_not_made_longer_where_its_past_would_change(
+    train: dict[str, Any], schedule: dict[str, Any], cause: str, tmp_path: Path
+) -> None:
+    config = with_epochs(config_in(tmp_path), 4, **schedule)
+    config = replace(config, train=replace(config.train, **train))
+    open_run(config, LAUNCH).create()
+    with pytest.raises(UserError, match=f"cannot be made longer, from 4 to 6 epochs, for .*{cause}.*: go on .*--run.from_run="):
+        open_run(with_epochs(config, 6), LAUNCH)
+
+
+def test_more_epochs_with_other_changes_are_another_run(tmp_path: Path) -> None:
+    config = with_epochs(config_in(tmp_path), 4)
+    open_run(config, LAUNCH).create()
+    other = with_epochs(config, 6)
+    with pytest.raises(UserError, match="other settings"):
+        open_run(replace(other, optim=replace(other.optim, lr=0.5)), LAUNCH)
+
+
 def test_settings_that_do_not_shape_the_result_may_change(begun: Run) -> None:
     watched = replace(begun.config, log=LogConfig(every_steps=1, wandb="disabled"))
     watched = replace(watched, run=replace(watched.run, notes="again", max_hours=1.0))

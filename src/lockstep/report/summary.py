@@ -39,8 +39,8 @@ def open_tracker(
     """Make the run folder, open its logs where training goes on, and say what is in force."""
     config = run.config
     if launch.is_main:
-        kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads()}
-        run.create(**kept, data=data.identity)
+        kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads(), "data": data.identity}
+        run.create(**kept, **({"origin": progress.origin} if progress.origin else {}))
     changes, numerics = changed_numerics(run.path, config.runtime, launch), numerics_of(config.runtime, launch)
     environment = (
         describe_environment()
@@ -48,6 +48,8 @@ def open_tracker(
         | {"step": progress.step, "numerics": numerics}
     )
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
+    if run.old_epochs is not None:
+        tracker.say(f"{run.path} is made longer: from {run.old_epochs} to {config.train.epochs} epochs")
     if progress.restarts:
         tracker.say(f"continuing {run.path} after step {progress.step}")
         if changes:

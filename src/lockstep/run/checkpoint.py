@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lockstep.errors import UserError
-from lockstep.files import flush, manifest_problem, read_json, write_manifest
+from lockstep.files import MANIFEST, checksum, flush, manifest_problem, path_of, read_json, write_manifest
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import is_sharded, part_of, whole
 from lockstep.models.weights import load_weights, put_weights
@@ -36,7 +36,7 @@ from lockstep.run.folder import Run
 from lockstep.settings.config import CheckpointConfig
 from lockstep.settings.yaml import config_to_yaml
 from lockstep.training.ema import ExponentialAverage
-from lockstep.training.progress import Progress
+from lockstep.training.progress import Origin, Progress
 
 _logger = logging.getLogger(__name__)
 
@@ -80,21 +80,15 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def restore(self, folder: Path | None) -> Progress:
-        """Put a checkpoint of `find_checkpoint` into the parts; returns its progress, or a new one if there is none."""
+        """Put a checkpoint of `find_checkpoint` into the parts; returns its progress.
+
+        If there is none, a new one, after what `run.from_run` brings was put into them.
+        """
         if folder is None:
-            return Progress()
+            origin = self._run.config.run.from_run
+            return Progress() if origin is None else Progress(origin=self._begin_from(path_of(origin)))
         state = load_checkpoint(folder, verify=False)
-        put_weights(self._model, state.model, str(folder))
-        try:
-            put_optimizer_state(self._optimizer, state.optimizer)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as misfit:
-            raise UserError(
-                f"checkpoint {folder} cannot be used: its optimizer.pt is another's ({misfit!r})"
-            ) from misfit
-        if self._average is not None:
-            self._average.load_state_dict(state.ema)
-        if self._accelerator.scaler is not None and state.scaler:
-            self._accelerator.scaler.load_state_dict(state.scaler)
+        self._put(state, folder)
         progress = _as_progress(state.progress, folder)
         is_best = progress.best_step == progress.step or not (progress.best_step or progress.validations)
         if self._launch.is_main and is_best:
@@ -102,6 +96,31 @@ class Checkpointer:
             copy_best(self._run.checkpoints)
         progress.restarts += 1
         return progress
+
+    def _begin_from(self, run_dir: Path) -> Origin:
+        """Put the newest state of another run into the parts, with the settings of this one."""
+        origin = self._launch.decide(lambda: find_origin(run_dir, self._run))
+        state = load_checkpoint(run_dir / "checkpoints" / origin["checkpoint"], verify=False)
+        pairs = zip(self._optimizer.state_dict()["param_groups"], state.optimizer["param_groups"], strict=False)
+        groups = [{**own, "params": given["params"]} for own, given in pairs]
+        ema = state.ema or state.model  # an average that begins here begins with these weights
+        self._put(replace(state, optimizer={**state.optimizer, "param_groups": groups}, ema=ema), run_dir)
+        parts = "weights, average and optimizer" if state.ema and self._average is not None else "weights and optimizer"
+        self._launch.say(f"beginning with the {parts} of {run_dir}, {origin['checkpoint']}")
+        return origin
+
+    def _put(self, state: State, source: Path) -> None:
+        put_weights(self._model, state.model, str(source))
+        try:
+            put_optimizer_state(self._optimizer, state.optimizer)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as misfit:
+            raise UserError(
+                f"checkpoint {source} cannot be used: its optimizer.pt is another's ({misfit!r})"
+            ) from misfit
+        if self._average is not None:
+            self._average.load_state_dict(state.ema)
+        if self._accelerator.scaler is not None and state.scaler:
+            self._accelerator.scaler.load_state_dict(state.scaler)
 
     def load_best(self) -> None:
         """Wait for the last save and put the best weights (their average, if there is one) into the network.
@@ -282,6 +301,21 @@ def saved_steps(checkpoints: Path) -> list[int]:
 def find_checkpoint(run: Run, launch: Launch) -> Path | None:
     """The checkpoint from which training goes on, if there is one: the main process finds it, and tells the others."""
     return launch.decide(lambda: find_newest(run.checkpoints))
+
+
+def find_origin(run_dir: Path, run: Run) -> Origin:
+    """What `run.from_run` leads to; raises UserError if there is nothing, or another state than at the first start."""
+    newest = find_newest(run_dir / "checkpoints")
+    if newest is None:
+        raise UserError(f"--run.from_run={run_dir}: that run has no checkpoint that can be used")
+    origin = {"run": str(run_dir), "checkpoint": newest.name, "manifest": checksum(newest / MANIFEST)}
+    before = run.summary.get("origin", origin)
+    if before != origin:
+        raise UserError(
+            f"{run.path} began with {before.get('checkpoint')} of {run_dir}, whose newest checkpoint is another now, "
+            f"{newest.name}: choose another --run.name, or remove {run.path}"
+        )
+    return origin
 
 
 def find_newest(checkpoints: Path) -> Path | None:

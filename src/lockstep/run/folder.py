@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lockstep.data.sources.source import Identity
-from lockstep.errors import UserError
-from lockstep.files import read_json, remove_unfinished, replace_file, write_json
+from lockstep.errors import UserError, did_you_mean
+from lockstep.files import path_of, read_json, remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.lease import Lease
 from lockstep.settings.cli import run_dir_of
 from lockstep.settings.config import Config, changed_settings
 from lockstep.settings.yaml import config_to_yaml, load_config
+from lockstep.training.schedule import keeps_course
 
-KEPT = ("micro_batch_size", "threads", "data")
-"""What a run has from its first start on: samples of a microbatch, CPU threads of a process, identity of the data"""
+KEPT = ("micro_batch_size", "threads", "data", "origin")
+"""What a run has from its first start on: samples of a microbatch, CPU threads, identity of the data, where it began"""
 
 
 class LostFolder(UserError):
@@ -31,6 +32,8 @@ class Run:
     config: Config
     summary: dict[str, Any]
     """What summary.json said when the run was opened; empty for a new run"""
+    old_epochs: int | None = None
+    """train.epochs before, if this command makes the run longer"""
 
     @property
     def checkpoints(self) -> Path:
@@ -53,7 +56,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.summary.get("state") == "finished"
+        return self.summary.get("state") == "finished" and self.old_epochs is None
 
     def describe_result(self) -> str:
         """The result of a finished run, and how to start over."""
@@ -183,17 +186,50 @@ def _look(config: Config) -> Run:
         raise UserError(f"--run.resume=must, but there is no run in {path}")
     if config.run.resume == "never" and exists:
         raise UserError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
-    if exists:
-        _require_same_settings(path, config)
-    return Run(path, config, read_summary(path))
-
-
-def _require_same_settings(path: Path, config: Config) -> None:
-    if changes := changed_settings(load_config(path / "config.yaml"), config):
+    before = load_config(path / "config.yaml") if exists else config
+    if config.run.from_run is not None and not exists:
+        _require_origin(path_of(config.run.from_run))
+    longer = _is_longer(before, config)
+    if (changes := changed_settings(before, config)) and not longer:
         raise UserError(
             f"{path} holds a run with other settings ({'; '.join(changes)}): choose another --run.name, "
             "leave --run.name out to get one, or remove the folder"
         )
+    return Run(path, config, read_summary(path), before.train.epochs if longer else None)
+
+
+def _require_origin(run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").is_file():
+        known = [str(path.parent) for path in run_dir.parent.glob("*/config.yaml")]
+        raise UserError(f"--run.from_run={run_dir}: there is no run.{did_you_mean(str(run_dir), known)}")
+    if not (run_dir / "checkpoints" / "last").exists():
+        raise UserError(f"--run.from_run={run_dir}: that run has no checkpoint yet")
+
+
+def _is_longer(before: Config, config: Config) -> bool:
+    """Whether these settings ask for the same training with more epochs, as if they had been asked for at first.
+
+    Raises UserError if the epochs that are over would have been others then.
+    """
+    epochs, more = before.train.epochs, config.train.epochs
+    as_before = replace(config, train=replace(config.train, epochs=epochs))
+    if more <= epochs or changed_settings(before, as_before):
+        return False
+    cause = ""
+    if not keeps_course(config.schedule, epochs, more):
+        cause = f"--schedule.name={config.schedule.name} lays its learning rates out over all epochs"
+    elif before.train.max_steps is not None:
+        cause = f"it ends with --train.max_steps={before.train.max_steps}"
+    elif epochs < before.train.best_from_epoch:
+        cause = f"its end counted as the best before epoch {before.train.best_from_epoch} (--train.best_from_epoch)"
+    elif epochs % before.train.validate_every_epochs:
+        cause = f"its last validation, after epoch {epochs}, would not have been one"
+    if cause:
+        raise UserError(
+            f"{run_dir_of(config)} cannot be made longer, from {epochs} to {more} epochs, for {cause}: go on from it "
+            f"as a new run, with --run.from_run={run_dir_of(config)} and another --run.name"
+        )
+    return True
 
 
 def read_summary(path: Path) -> dict[str, Any]:

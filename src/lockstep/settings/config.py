@@ -55,6 +55,8 @@ class RunConfig(_Section):
     """The one seed: initial weights, order, augmentation, dropout and the validation split follow from it"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue an unfinished run; never: refuse an existing folder; must: refuse a missing one"""
+    from_run: str | None = None
+    """Begin with the newest weights, average and optimizer state of this run folder; the schedule begins anew"""
     max_hours: float | None = None
     """Save and stop (to be continued) after this many hours"""
     notes: str = ""
@@ -66,6 +68,7 @@ class RunConfig(_Section):
 
     def _refuse_contradictions(self) -> None:
         _require(self.seed >= 0, f"--run.seed={self.seed} must not be negative")
+        _require(self.from_run != "", "--run.from_run= names no run: leave it out, or name one")
         _require(self.max_hours is None or self.max_hours > 0, f"--run.max_hours={self.max_hours} must be positive")
         if self.name is not None:
             unusual = self.name in (".", "..") or "/" in self.name or not is_name(self.name)
@@ -471,6 +474,10 @@ class Config:
         _require(
             self.schedule.min_lr <= self.optim.lr,
             f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}",
+        )
+        _require(
+            self.run.from_run is None or not (self.model.pretrained or self.model.checkpoint),
+            "--run.from_run brings the first weights: leave out --model.pretrained and --model.checkpoint",
         )
         _require(
             not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),

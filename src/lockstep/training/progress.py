@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+Origin = dict[str, str]
+"""run, checkpoint and the checksum of its manifest"""
+
 
 class Validation(NamedTuple):
     """The result of a validation after so many epochs."""
@@ -57,6 +60,8 @@ class Progress:
     epoch: Sums = field(default_factory=Sums)
     """Since the last validation, or without any since the epoch began"""
     bad_steps: BadSteps = field(default_factory=BadSteps)
+    origin: Origin | None = None
+    """The state of another run that this one began with"""
 
     def judge(self, epoch: int, loss: float, accuracy: float, *, competes: bool = True) -> bool:
         """Note a validation result; true if none of those that compete was better so far.
