@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from lockstep.errors import UserError
 from lockstep.launch.sharding import local, part_of
 from lockstep.settings.config import TrainConfig
+
+Warmup = Literal["ratio", "power", "none"]
 
 
 class ExponentialAverage:
@@ -21,10 +24,10 @@ class ExponentialAverage:
     Always pass the bare network, outside DDP and torch.compile, whose wrappers rename the entries.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, warmup: Warmup = "ratio") -> None:
         """Starts from the present weights. `decay` in [0, 1) is that of a long training, see `decay_at`."""
         assert 0 <= decay < 1, decay
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         self._averages = {name: value.clone() for name, value in model.state_dict().items()}
 
     def decay_at(self, step: int) -> float:
@@ -32,8 +35,14 @@ class ExponentialAverage:
 
         min(decay, (1 + step) / (10 + step)), the rule of TensorFlow's ExponentialMovingAverage with `num_updates`:
         https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+        Warm-up `power` is min(decay, 1 - step ** (-2/3)), and `none` the full decay, both 0 at the first step, which
+        takes the weights as they are: timm's ModelEmaV3 with and without its warm-up.
         """
-        return min(self.decay, (1 + step) / (10 + step))
+        if self.warmup == "ratio":
+            return min(self.decay, (1 + step) / (10 + step))
+        if step <= 1:
+            return 0.0
+        return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup == "power" else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -92,4 +101,4 @@ def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def build_average(config: TrainConfig, model: nn.Module) -> ExponentialAverage | None:
     """The average that `train.ema_decay` asks for, of the bare network."""
-    return None if config.ema_decay is None else ExponentialAverage(model, config.ema_decay)
+    return None if config.ema_decay is None else ExponentialAverage(model, config.ema_decay, config.ema_warmup)
