@@ -46,7 +46,7 @@ def evaluate_checkpoint(request: Evaluation) -> None:
     if images is None:
         raise UserError(f"--split={request.split}: this run has no such split (data.val_fraction=0)")
 
-    model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
+    model = build_model(replace(config.model, pretrained=False, checkpoint=None), data.image_shape, data.num_classes)
     put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
     model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)

@@ -43,7 +43,7 @@ from lockstep.settings.config import Config, common_settings
 from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
 from lockstep.training.gradients import Gradients
-from lockstep.training.learner import build_learner, check_names
+from lockstep.training.learner import build_learner, complete
 from lockstep.training.loss import total
 from lockstep.training.memory import find_micro_batch_size, out_of_memory_explained
 from lockstep.training.meter import Meter
@@ -57,7 +57,7 @@ def train(config: Config) -> int:
 
     Raises UserError for what the user can mend.
     """
-    check_names(config)
+    config = complete(config)
     require_trackers(config.log.trackers)
     accelerator, launch = build_accelerator(config.runtime)
     launch.require_alike("settings", common_settings(config))
@@ -110,7 +110,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
     gradients = Gradients(learner.network, loader.numbers, leaves, launch, config.runtime)
     statistics = RunningStatistics(learner.model, leaves, launch)
     calendar = build_calendar(config, sampler.steps_per_epoch, has_validation=data.val is not None)
-    schedule = build_schedule(config.schedule, config.optim.lr, sampler.steps_per_epoch, calendar.planned_steps)
+    schedule = build_schedule(config.schedule, config.lr, sampler.steps_per_epoch, calendar.planned_steps)
 
     tracker = open_tracker(run, launch, data, sampler, progress, calendar)
     if progress.step == 0:

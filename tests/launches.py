@@ -36,6 +36,31 @@ NETWORKS = {
     "fashion_cnn": ("--model.name=fashion_cnn", "--model.dropout=0.3"),
     "resnet": ("--model.name=timm/test_resnet", "--model.drop_path=0.2", "--model.dropout=0.2"),
 }
+FINE_TUNING = (
+    "--model.freeze=[conv1, layer1]",
+    "--model.global_pool=avgmax",
+    "--model.grad_checkpointing=true",
+    "--optim.name=rmsprop_tf",
+    "--optim.alpha=0.95",
+    "--optim.eps=1e-08",
+    "--optim.lr=0.02",
+    "--optim.lr_scaling=sqrt",
+    "--optim.weight_decay=0.01",
+    "--optim.decay_all=false",
+    "--optim.layer_decay=0.9",
+    "--optim.clip_mode=agc",
+    "--optim.clip_norm=0.05",
+    "--schedule.name=cosine",
+    "--schedule.patience=3",
+    "--schedule.warmup_epochs=0.5",
+    "--schedule.warmup_lr=0.001",
+    "--schedule.warmup_prefix=false",
+    "--schedule.cooldown_epochs=0.1",
+    "--schedule.k_decay=1.5",
+    "--train.class_weights=[1, 2, 3, 1, 1, 2, 1, 1, 1, 5]",
+    "--train.ema_warmup=power",
+)
+"""What recipes of timm set, beside what PROOF has"""
 
 
 def train_on(server: ForkServer, processes: int, place: Path, *settings: str) -> Path:

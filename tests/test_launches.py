@@ -5,15 +5,17 @@ metrics.jsonl but speeds. The learning rate is one at which training amplifies a
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fork_server import ForkServer
-from launches import NETWORKS, PROOF, train_on
-from programs import ROOT, finish, launch, start, wait_for_step
+from launches import FINE_TUNING, NETWORKS, PROOF, train_on
+from programs import ROOT, finish, launch, launch_command, start, wait_for_step
 from runs import differences
 
 from lockstep.commands.compare import relative_differences
@@ -70,6 +72,30 @@ def test_accelerate_launch_starts_the_same_training(processes: int, server: Fork
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "proof"
     assert read_starts(run)[0]["processes"] == processes and differences(run, alone) == []
+
+
+@pytest.mark.slow
+def test_the_settings_of_fine_tuning_keep_the_promise_on_3_processes_and_through_a_kill(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    settings = (*NETWORKS["resnet"], *FINE_TUNING)
+    alone = train_on(server, 1, tmp_path, *settings)
+    assert differences(train_on(server, 3, tmp_path, *settings), alone) == []
+    weights = [load_weights(alone / "checkpoints" / f"step_000000{step}/model.safetensors") for step in ("10", "12")]
+    still = {name for name, value in weights[0].items() if torch.equal(value, weights[1][name])}
+    assert {"layer1.0.bn1.weight", "layer1.0.bn1.running_mean"} <= still, "what is frozen stays"
+    assert not {"bn1.weight", "layer2.0.bn1.running_mean", "layer2.0.conv1.weight", "fc.weight"} & still
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    arguments = (*PROOF, *settings, "--run.name=proof", f"--data.cache_dir={tmp_path / 'cache'}")
+    process = start([*launch_command(2, "train.py"), *arguments], folder)
+    wait_for_step(folder / "runs" / "proof", 7, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process, 30)
+    server.run(1, folder, *arguments)
+    run = folder / "runs" / "proof"
+    assert [entry["processes"] for entry in read_starts(run)] == [2, 1] and differences(run, alone) == []
 
 
 @pytest.mark.slow

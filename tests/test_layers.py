@@ -61,6 +61,7 @@ ORDER = [
     "models.timm_models",
     "models.summary",
     "models.weights",
+    "models.freeze",
     "models.network",
     "evaluation.metrics",
     "evaluation.ranking",

@@ -11,7 +11,7 @@ from torch import nn
 
 from lockstep.errors import UserError
 from lockstep.files import write_manifest
-from lockstep.models.weights import load_weights, put_weights
+from lockstep.models.weights import fit_channels, load_weights, put_weights
 
 
 def checkpoint(folder: Path, *names: str) -> Path:
@@ -83,6 +83,18 @@ def test_a_head_for_other_classes_begins_anew_where_it_may() -> None:
     same = network(2)
     assert put_weights(same, given, "there", new_head=True) == []
     assert torch.equal(same[2].weight, given["2.weight"])  # type: ignore[index]
+
+
+def test_a_first_convolution_for_colour_is_fitted_to_other_channels() -> None:
+    colour, grey, five = (nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Conv2d(4, 2, 3)) for channels in (3, 1, 5))
+    weights = colour.state_dict()
+    assert fit_channels(grey, weights) == "0.weight"
+    assert put_weights(grey, weights, "there") == []
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)))
+    assert fit_channels(colour, colour.state_dict()) is None, "nothing to do"
+    assert fit_channels(five, colour.state_dict()) == "0.weight"
+    assert fit_channels(five, grey.state_dict()) is None, "which says nothing of colours"
 
 
 def test_another_body_is_no_new_head() -> None:

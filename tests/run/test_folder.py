@@ -124,7 +124,9 @@ def test_a_run_is_not_made_longer_where_its_past_would_change(
     config = with_epochs(config_in(tmp_path), 4, **schedule)
     config = replace(config, train=replace(config.train, **train))
     open_run(config, LAUNCH).create()
-    with pytest.raises(UserError, match=f"cannot be made longer, from 4 to 6 epochs, for .*{cause}.*: go on .*--run.from_run="):
+    with pytest.raises(
+        UserError, match=f"cannot be made longer, from 4 to 6 epochs, for .*{cause}.*: go on .*--run.from_run="
+    ):
         open_run(with_epochs(config, 6), LAUNCH)
 
 

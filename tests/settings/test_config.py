@@ -55,6 +55,27 @@ def configured(**settings: Any) -> Config:
         ({"augment__jitter": (0.1,) * 5}, ["--augment.jitter", "at most"]),
         ({"augment__jitter": (0.2, -0.1)}, ["--augment.jitter=[0.2, -0.1]"]),
         ({"augment__jitter": (0.0, 0.0, 0.0, 0.6)}, ["--augment.jitter", "[0, 0.5]"]),
+        ({"augment__from_pretrained": True}, ["--augment.from_pretrained=true", "--model.pretrained=true"]),
+        ({"model__freeze": ("",)}, ["--model.freeze"]),
+        ({"optim__clip_mode": "agc"}, ["--optim.clip_mode=agc", "--optim.clip_norm"]),
+        ({"optim__betas": (0.9, 1.0)}, ["--optim.betas=[0.9, 1.0]"]),
+        ({"optim__eps": 0.0}, ["--optim.eps=0.0"]),
+        ({"optim__alpha": 1.0}, ["--optim.alpha=1.0"]),
+        ({"optim__layer_decay": 1.5}, ["--optim.layer_decay=1.5", "(0, 1]"]),
+        ({"optim__lr_base_batch_size": 64}, ["--optim.lr_base_batch_size=64", "--optim.lr_scaling"]),
+        (
+            {"optim__lr": 0.1, "optim__lr_scaling": "linear", "schedule__min_lr": 0.05, "train__batch_size": 64},
+            ["--schedule.min_lr=0.05", "--optim.lr=0.1", "0.025"],
+        ),
+        ({"schedule__warmup_lr": 0.1}, ["--schedule.warmup_lr", "--schedule.warmup_epochs"]),
+        ({"schedule__cooldown_epochs": -1.0}, ["--schedule.cooldown_epochs=-1.0"]),
+        ({"schedule__period_factor": 0.5}, ["--schedule.period_factor=0.5", "at least 1"]),
+        ({"train__ema_warmup": "power"}, ["--train.ema_warmup=power", "--train.ema_decay"]),
+        ({"train__class_weights": (1.0, -1.0)}, ["--train.class_weights=[1.0, -1.0]"]),
+        (
+            {"train__class_weights": "balanced", "data__sampling": "balanced"},
+            ["--data.sampling=balanced", "--train.class_weights=balanced"],
+        ),
         ({"augment__mean": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__std": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__mean": (0.5,), "augment__std": (0.0,)}, ["--augment.std=(0.0,)"]),
@@ -166,14 +187,17 @@ def other_value(value: Any, annotation: Any) -> Any:
 
 
 CHANGES = {
-    "run.name": "other", "run.from_run": "x", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
+    "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
     "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
+    "run.from_run": "x",
     "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
     "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
     "train.ema_decay": 0.9, "checkpoint.keep_every_steps": 5,
     "train.label_smoothing": 0.1, "train.early_stop_epochs": 2, "runtime.threads": 3, "checkpoint.every_steps": 5,
-    "log.histogram_every_steps": 5, "schedule.min_lr": 1e-5,
+    "log.histogram_every_steps": 5, "schedule.min_lr": 1e-5, "schedule.warmup_lr": 1e-5,
+    "model.global_pool": "max", "optim.layer_decay": 0.75, "optim.betas": (0.9, 0.95), "optim.eps": 1e-3,
+    "optim.alpha": 0.9, "train.class_weights": (1.0, 2.0),
 }  # fmt: skip
 # A setting that is valid only beside another is changed from a Config that already has the other.
 COMPANIONS = {
@@ -181,16 +205,21 @@ COMPANIONS = {
     "optim.nesterov": {"optim__name": "sgd", "optim__momentum": 0.9},
     "augment.mean": {"augment__mean": (0.5,), "augment__std": (0.5,)},
     "augment.std": {"augment__mean": (0.5,), "augment__std": (0.5,)},
+    "augment.from_pretrained": {"model__name": "timm/resnet18", "model__pretrained": True},
+    "optim.lr_base_batch_size": {"optim__lr_scaling": "linear"},
+    "optim.clip_mode": {"optim__clip_norm": 0.01},
+    "schedule.warmup_lr": {"schedule__warmup_epochs": 2.0},
+    "train.ema_warmup": {"train__ema_decay": 0.9},
 }
 SHAPELESS = {
     "run.name", "run.root", "run.resume", "run.max_hours", "run.notes", "run.tags", "run.group",
-    "data.root", "data.cache_dir", "data.workers", "model.summary", "train.max_bad_steps",
+    "data.root", "data.cache_dir", "data.workers", "model.summary", "model.grad_checkpointing", "train.max_bad_steps",
     "runtime.compile", "runtime.threads", "runtime.profile", "runtime.fsdp",
     "runtime.backend", "runtime.bucket_view", "runtime.static_graph", "runtime.rendezvous_seconds",
     "runtime.stuck_seconds",
     "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
-    "log.artifacts", "log.trackers",
+    "log.artifacts", "log.trackers", "log.all_nodes",
 }  # fmt: skip
 
 
@@ -203,6 +232,14 @@ def test_the_digest_changes_with_what_shapes_the_result_and_with_nothing_else(se
     after = replace(before, **{section: replace(getattr(before, section), **{key: value})})
     assert after != before
     assert (settings_digest(after) == settings_digest(before)) == (flag in SHAPELESS)
+
+
+def test_the_learning_rate_is_a_function_of_the_batch_size() -> None:
+    assert configured(optim__lr=0.1, train__batch_size=1024).lr == 0.1
+    linear = configured(optim__lr=0.1, optim__lr_scaling="linear", train__batch_size=1024)
+    assert linear.lr == pytest.approx(0.4)
+    root = configured(optim__lr=0.1, optim__lr_scaling="sqrt", optim__lr_base_batch_size=64, train__batch_size=16)
+    assert root.lr == pytest.approx(0.05)
 
 
 def test_a_digest_is_six_hex_digits_and_the_same_for_equal_settings() -> None:

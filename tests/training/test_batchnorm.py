@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.launch.accelerator import Launch
+from lockstep.models.freeze import freeze
 from lockstep.models.network import build_model, convert_to_sync_batchnorm
 from lockstep.settings.config import ModelConfig
 from lockstep.training.batchnorm import RunningStatistics
@@ -42,6 +43,17 @@ def step(model: nn.Module, statistics: RunningStatistics, batches: list[Tensor],
         model(batch)
         statistics.collect(number)
     statistics.commit(torch.tensor(bad))
+
+
+def test_frozen_statistics_stay_to_the_last_bit() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).double()
+    step(model, statistics_over(model), microbatches(2))
+    freeze(model, ["0"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    statistics = statistics_over(model)
+    step(model, statistics, microbatches(2, seed=2))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])

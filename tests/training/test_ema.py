@@ -1,10 +1,12 @@
 """The moving average against its formula, the swap for evaluation bit for bit, and the way through safetensors."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lockstep.training.ema import ExponentialAverage
@@ -56,6 +58,23 @@ def test_decay_grows_to_its_setting() -> None:
     average = ExponentialAverage(network(), 0.99)
     assert average.decay_at(0) == 0.1 and average.decay_at(1) == 2 / 11 and average.decay_at(90) == 0.91
     assert average.decay_at(10_000) == 0.99
+    given = ExponentialAverage(network(), 0.99, averages_are_given=True)
+    assert given.decay_at(1) == given.decay_at(10_000) == 0.99, "averages of a run before must not fade"
+
+
+@pytest.mark.parametrize("warmup", ["power", "none"])
+def test_decay_is_that_of_timm(warmup: Literal["power", "none"]) -> None:
+    """timm's train script counts the update just done, as we do."""
+    average = ExponentialAverage(network(), 0.99, warmup)
+    theirs = ModelEmaV3(network(), decay=0.99, use_warmup=warmup == "power")
+    assert [average.decay_at(step) for step in range(1, 1500)] == [theirs.get_decay(step) for step in range(1, 1500)]
+    model = network()
+    for step in range(1, 6):
+        disturb(model, step)
+        average.update(model, step)
+        theirs.update(model, step)
+    for name, value in theirs.module.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[name], value, rtol=1e-12, atol=1e-14)
 
 
 def test_weights_that_stand_still_are_their_own_average() -> None:

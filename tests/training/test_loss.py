@@ -1,12 +1,17 @@
 """Losses per sample against torch's means, against formulas, and at the edges: ignored samples and low precision."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from lockstep.settings.config import TrainConfig
-from lockstep.training.loss import build_loss, total
+from lockstep.errors import UserError
+from lockstep.settings.config import Config, DataConfig, TrainConfig
+from lockstep.training.loss import build_loss, total, weights_of_classes
 
 CONFIGS = [TrainConfig(), TrainConfig(label_smoothing=0.1), TrainConfig(loss="nll")]
 
@@ -92,6 +97,49 @@ def test_low_precision_logits_get_a_float32_loss(config: TrainConfig, soft: bool
     torch.testing.assert_close(losses, build_loss(config)(logits.float(), targets.float() if soft else targets))
     with torch.autocast("cpu", torch.bfloat16):
         assert build_loss(config)(logits, targets).dtype == torch.float32
+
+
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.25], dtype=torch.float64)
+
+
+def test_weighted_losses_are_torchs() -> None:
+    """Without torch's division by the sum of a batch's weights, which would tie microbatches to one another."""
+    logits, targets = batch()
+    losses = build_loss(TrainConfig(), WEIGHTS)(logits, targets)
+    expected = F.cross_entropy(logits, targets, weight=WEIGHTS, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        losses.sum() / WEIGHTS[targets].sum(), F.cross_entropy(logits, targets, weight=WEIGHTS), rtol=1e-14, atol=0
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_weight_of_mixed_classes_is_the_mean_of_theirs(config: TrainConfig) -> None:
+    logits, targets = batch()
+    shares = 0.3 * F.one_hot(targets, 5).double() + 0.7 * F.one_hot(targets.flip(0), 5).double()
+    weights = 0.3 * WEIGHTS[targets] + 0.7 * WEIGHTS[targets.flip(0)]
+    losses = build_loss(config, WEIGHTS)(logits, shares)
+    torch.testing.assert_close(losses, build_loss(config)(logits, shares) * weights, rtol=1e-14, atol=0)
+    nobody = build_loss(config, WEIGHTS)(logits, torch.full((6,), -100))
+    assert nobody.tolist() == [0] * 6
+
+
+def test_weights_of_classes_have_a_mean_of_1_over_what_is_drawn() -> None:
+    labels = np.array([0, 0, 0, 1, 2, 2, -100])
+    assert weights_of_classes(Config(), labels, 3) is None
+    balanced = weights_of_classes(Config(train=TrainConfig(class_weights="balanced")), labels, 4)
+    expected = [*compute_class_weight("balanced", classes=np.arange(3), y=labels[:6]), 1.0]  # a class of no sample
+    assert balanced is not None and balanced.tolist() == pytest.approx(expected)
+    given = Config(train=TrainConfig(class_weights=(1.0, 2.0, 3.0)))
+    weights = weights_of_classes(given, labels, 3)
+    assert weights is not None and weights[labels[:6]].mean() == pytest.approx(1)
+    assert (weights / weights[0]).tolist() == pytest.approx([1, 2, 3])
+    often = weights_of_classes(replace(given, data=DataConfig(sampling="balanced")), labels, 3)
+    assert often is not None and often.tolist() == pytest.approx([0.5, 1, 1.5]), "each class is drawn as often"
+    with pytest.raises(UserError, match="--train.class_weights has 3 numbers, but the network 4 classes"):
+        weights_of_classes(given, labels, 4)
+    with pytest.raises(UserError, match="--train.class_weights is 0 for every class of the training set"):
+        weights_of_classes(Config(train=TrainConfig(class_weights=(0.0, 0.0, 0.0, 1.0))), labels, 4)
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:

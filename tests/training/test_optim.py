@@ -1,17 +1,19 @@
 """Optimizers against torch's own classes, weight decay groups, and the L1 gradient against autograd."""
 
 import copy
+import inspect
 
 import pytest
 import timm
 import timm.optim
+import timm.utils
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from lockstep.errors import UserError
 from lockstep.settings.config import OptimConfig
-from lockstep.training.optim import OPTIMIZERS, add_l1_gradient, build_optimizer, set_lr, update
+from lockstep.training.optim import OPTIMIZERS, add_l1_gradient, build_optimizer, finish_gradients, set_lr, update
 
 # Our settings, and what a user of torch would write for the same optimizer.
 CASES = {
@@ -20,6 +22,8 @@ CASES = {
     "adam": ({}, torch.optim.Adam, {}),
     "adamw": ({}, torch.optim.AdamW, {}),
     "rmsprop": ({"momentum": 0.5}, torch.optim.RMSprop, {"momentum": 0.5}),
+    "adamw-betas": ({"betas": (0.8, 0.9), "eps": 1e-3}, torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 1e-3}),
+    "rmsprop-alpha": ({"alpha": 0.5, "eps": 1e-3}, torch.optim.RMSprop, {"alpha": 0.5, "eps": 1e-3}),
     "adagrad": ({}, torch.optim.Adagrad, {}),
     "adadelta": ({}, torch.optim.Adadelta, {}),
     "nadamw": ({}, timm.optim.NAdamW, {}),
@@ -27,6 +31,19 @@ CASES = {
     "adopt": ({}, timm.optim.Adopt, {}),
     "lamb": ({}, timm.optim.Lamb, {}),
     "muon": ({}, timm.optim.Muon, {}),
+    "adamax": ({}, torch.optim.Adamax, {}),
+    "radam": ({}, torch.optim.RAdam, {}),
+    "rmsprop_tf": ({"momentum": 0.9, "eps": 1e-3}, timm.optim.RMSpropTF, {"momentum": 0.9, "eps": 1e-3}),
+    "adabelief": ({}, timm.optim.AdaBelief, {"rectify": False}),
+    "adamp": ({}, timm.optim.AdamP, {"wd_ratio": 0.01, "nesterov": True}),
+    "adan": ({"betas": (0.98, 0.92, 0.9)}, timm.optim.Adan, {"betas": (0.98, 0.92, 0.9)}),
+    "laprop": ({}, timm.optim.LaProp, {}),
+    "lars": ({"momentum": 0.9}, timm.optim.Lars, {"momentum": 0.9}),
+    "madgrad": ({"momentum": 0.9}, timm.optim.MADGRAD, {"momentum": 0.9}),
+    "mars": ({}, timm.optim.Mars, {}),
+    "novograd": ({}, timm.optim.NvNovoGrad, {}),
+    "sgdp": ({"momentum": 0.9}, timm.optim.SGDP, {"momentum": 0.9}),
+    "sgdw": ({"momentum": 0.9}, timm.optim.SGDW, {"momentum": 0.9}),
 }
 FUSED = {"sgd", "adam", "adamw", "adagrad"}
 
@@ -51,7 +68,9 @@ def test_same_updates_as_torch(case: str) -> None:
     settings, kind, keywords = CASES[case]
     name = case.split("-")[0]
     mine, theirs = network(), network()
-    loops = {} if kind is timm.optim.Muon else {"foreach": False}
+    loops = (
+        {"foreach": False} if "foreach" in inspect.signature(kind).parameters and kind is not timm.optim.Muon else {}
+    )
     optimizer = build_optimizer(OptimConfig(name, lr=0.05, weight_decay=0.01, **settings), mine)
     train(mine, optimizer)
     train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.01, **loops, **keywords))
@@ -144,9 +163,9 @@ def test_a_group_that_would_be_empty_is_left_out() -> None:
     assert len(build_optimizer(config, nn.BatchNorm1d(3)).param_groups) == 1
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
 def test_a_saved_state_continues_bit_for_bit(name: str) -> None:
-    momentum = 0.9 if name == "sgd" else 0.0
+    momentum = 0.9 if "momentum" in OPTIMIZERS[name].settings else 0.0
     config = OptimConfig(name, lr=0.01, momentum=momentum, weight_decay=0.1, decay_all=False)
     straight, first = network(), network()
     optimizer = build_optimizer(config, straight)
@@ -160,6 +179,58 @@ def test_a_saved_state_continues_bit_for_bit(name: str) -> None:
     late.load_state_dict(copy.deepcopy(early.state_dict()))
     train(second, late)
     assert all(torch.equal(one, other) for one, other in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+LAYERED = ["test_vit", "test_resnet", "test_convnext"]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_layer_decay_makes_the_groups_of_timm(name: str) -> None:
+    """With a frozen part, and weight decay as `--opt` of timm has it, or on all."""
+    model = timm.create_model(name, num_classes=3)
+    next(model.parameters()).requires_grad_(False)
+    config = OptimConfig("adamw", weight_decay=0.05, decay_all=False, layer_decay=0.7)
+    optimizer = build_optimizer(config, model)
+    expected = timm.optim.param_groups_layer_decay(
+        model, weight_decay=0.05, no_weight_decay_list=getattr(model, "no_weight_decay", set)(), layer_decay=0.7
+    )
+    assert len(expected) > 4 and len({group["lr_scale"] for group in expected}) > 2
+    for group, theirs in zip(optimizer.param_groups, expected, strict=True):
+        assert all(one is other for one, other in zip(group["params"], theirs["params"], strict=True))
+        assert (group["weight_decay"], group["lr_scale"]) == (theirs["weight_decay"], theirs["lr_scale"])
+    assert set_lr(optimizer, 0.5) == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5 * group["lr_scale"] for group in expected]
+    everywhere = build_optimizer(OptimConfig("adamw", weight_decay=0.05, layer_decay=0.7), model)
+    assert {group["weight_decay"] for group in everywhere.param_groups} == {0.05}
+
+
+def test_layer_decay_needs_an_order_of_layers() -> None:
+    with pytest.raises(UserError, match=r"--optim.layer_decay is for networks of timm"):
+        build_optimizer(OptimConfig(layer_decay=0.75), network())
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("norm", 0.1), ("value", 0.01), ("agc", 0.02)])
+def test_gradients_are_clipped_as_in_timm(mode: str, bound: float) -> None:
+    mine, theirs, free = network(), network(), network()
+    for model in (mine, theirs, free):
+        torch.manual_seed(2)
+        model(torch.randn(8, 1, 4, 4, dtype=torch.float64)).square().mean().backward()
+    norm = finish_gradients(Accelerator(cpu=True), mine, OptimConfig(clip_norm=bound, clip_mode=mode))
+    # timm's train script keeps the last layer out of adaptive clipping
+    parameters = list(theirs.parameters())[: -2 if mode == "agc" else None]
+    timm.utils.dispatch_clip_grad(parameters, bound, mode=mode)
+    gradients = [[parameter.grad for parameter in model.parameters()] for model in (mine, theirs, free)]
+    for one, other in zip(*gradients[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    assert any(not torch.equal(one, other) for one, other in zip(gradients[0], gradients[2], strict=True))
+    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(gradients[2]))
+
+
+def test_a_wrong_number_of_betas_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--optim.betas=\[0.9, 0.99, 0.9\]: --optim.name=adam takes 2 of them"):
+        build_optimizer(OptimConfig("adam", betas=(0.9, 0.99, 0.9)), network())
+    with pytest.raises(UserError, match=r"--optim.betas=\[0.9, 0.99\]: --optim.name=adan takes 3 of them"):
+        build_optimizer(OptimConfig("adan", betas=(0.9, 0.99)), network())
 
 
 def test_set_lr_reaches_every_group_and_the_update() -> None:
@@ -197,9 +268,13 @@ def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
 
 
 def test_a_setting_that_only_other_optimizers_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--optim.momentum=0.9 has no meaning for --optim.name=adam: remove it$"):
+    with pytest.raises(
+        UserError, match=r"--optim.momentum=0.9 has no meaning for --optim.name=adam: remove it \(it takes betas, eps\)"
+    ):
         build_optimizer(OptimConfig("adam", momentum=0.9), network())
-    with pytest.raises(UserError, match=r"nesterov=true has no meaning .*optim.name=rmsprop: .* \(it takes momentum\)"):
+    with pytest.raises(
+        UserError, match=r"nesterov=true has no meaning .*optim.name=rmsprop: .* \(it takes alpha, eps, momentum\)"
+    ):
         build_optimizer(OptimConfig("rmsprop", momentum=0.9, nesterov=True), network())
 
 

@@ -160,7 +160,7 @@ def meant(name: str, settings: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key in SHAPES[name].settings | {"warmup_epochs"}}
 
 
-AFTER_WARMUP = {"cosine", "cosine_restarts", "polynomial"}
+AFTER_WARMUP = {"cosine", "cosine_restarts", "polynomial", "tanh"}
 
 
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - AFTER_WARMUP))
@@ -180,6 +180,80 @@ def test_warmup_precedes(name: str) -> None:
         assert warm.lr_at(step) == pytest.approx(LR * (0.01 + 0.99 * step / WARMUP_STEPS))
     for step in range(TOTAL_STEPS - WARMUP_STEPS):
         assert warm.lr_at(WARMUP_STEPS + step) == pytest.approx(rest.lr_at(step))
+
+
+WARM = {"warmup_epochs": 3, "warmup_lr": 0.002}
+# Our settings, timm's name of the shape, and what create_scheduler_v2 takes for the same.
+TIMM = {
+    "cosine": ({"name": "cosine", **WARM, "warmup_prefix": False, "min_lr": 0.001}, "cosine", {}),
+    "cosine-prefix": ({"name": "cosine", **WARM, "min_lr": 0.001}, "cosine", {"warmup_prefix": True}),
+    "cosine-k": ({"name": "cosine", "min_lr": 0.001, "k_decay": 1.5}, "cosine", {"warmup_epochs": 0, "k_decay": 1.5}),
+    "cycles": (
+        {"name": "cosine_restarts", "period_epochs": 2, "period_factor": 1.5, "period_decay": 0.5, "min_lr": 0.001},
+        "cosine",
+        {"warmup_epochs": 0, "num_epochs": 2, "cycle_mul": 1.5, "cycle_decay": 0.5, "cycle_limit": 99},
+    ),
+    "cycles-warm": (
+        {"name": "cosine_restarts", **WARM, "period_epochs": 4, "period_decay": 0.5, "min_lr": 0.001},
+        "cosine",
+        {"warmup_prefix": True, "num_epochs": 4, "cycle_decay": 0.5, "cycle_limit": 99},
+    ),
+    "poly": (
+        {"name": "polynomial", **WARM, "warmup_prefix": False, "min_lr": 0.001, "power": 0.7, "k_decay": 2.0},
+        "poly",
+        {"decay_rate": 0.7, "k_decay": 2.0},
+    ),
+    "tanh": ({"name": "tanh", **WARM, "min_lr": 0.001}, "tanh", {"warmup_prefix": True}),
+    "step": (
+        {"name": "step", **WARM, "period_epochs": 4, "gamma": 0.5},
+        "step",
+        {"decay_epochs": 4, "decay_rate": 0.5},
+    ),
+    # timm's drop comes an epoch before its milestone
+    "multistep": (
+        {"name": "multistep", **WARM, "milestones": (4, 7), "gamma": 0.5},
+        "multistep",
+        {"decay_milestones": [5, 8], "decay_rate": 0.5},
+    ),
+    "constant": ({"name": "constant", **WARM}, "constant", {}),
+}
+
+
+@pytest.mark.parametrize("per_epoch", [True, False])
+@pytest.mark.parametrize("case", TIMM)
+def test_the_same_learning_rates_as_timm(case: str, per_epoch: bool) -> None:
+    """Over all steps, updated once an epoch, as timm does by default, or at every step; with cooldown."""
+    from timm.scheduler import create_scheduler_v2
+
+    settings, name, keywords = TIMM[case]
+    if case == "multistep" and not per_epoch:
+        pytest.skip("its milestones are then a step early, not an epoch")
+    decays = "min_lr" in settings and "cycles" not in case
+    cooldown_epochs = 2 if decays else 0
+    schedule = schedule_of(**settings, per_epoch=per_epoch, **({"cooldown_epochs": 2} if decays else {}))
+    theirs = optimizer()
+    epochs = EPOCHS - cooldown_epochs - (3 if keywords.get("warmup_prefix") and "num_epochs" not in keywords else 0)
+    arguments = {"warmup_epochs": 3, "warmup_lr": 0.002, "min_lr": 0.001, "num_epochs": epochs, **keywords}
+    scheduler, _ = create_scheduler_v2(
+        theirs, name, step_on_epochs=per_epoch, updates_per_epoch=STEPS_PER_EPOCH, **arguments
+    )
+    lrs = []
+    for step in range(TOTAL_STEPS):
+        if step % STEPS_PER_EPOCH == 0:
+            scheduler.step(step // STEPS_PER_EPOCH)
+        scheduler.step_update(step)
+        lrs.append(theirs.param_groups[0]["lr"])
+    assert len(set(lrs)) >= 3, "a flat line proves nothing"
+    assert ours(schedule) == pytest.approx(lrs, rel=1e-9, abs=1e-12)
+
+
+def test_cooldown_stays_at_the_floor() -> None:
+    lrs = ours(schedule_of("cosine", cooldown_epochs=1.5, min_lr=0.01))
+    assert lrs[-10:] == [0.01] * 10 and lrs[-11] > 0.01, "one and a half epochs of 7 steps are 10"
+    shorter = build_schedule(ScheduleConfig("cosine", min_lr=0.01), LR, STEPS_PER_EPOCH, TOTAL_STEPS - 10)
+    assert lrs[:-10] == [shorter.lr_at(step) for step in range(TOTAL_STEPS - 10)]
+    restarts = ours(schedule_of("cosine_restarts", period_epochs=5, cooldown_epochs=1))
+    assert restarts[-7:] == [0.0] * 7 and restarts[-8] > 0
 
 
 @pytest.mark.parametrize("period_epochs", [0.4, 0.5, 1.3, 2.5])
@@ -211,12 +285,15 @@ def test_jumping_to_a_step_is_walking_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"name": "cosine", "warmup_epochs": 2, "cooldown_epochs": 10}, r"cooldown_epochs=10.0 begins after step 14, "),
+        ({"warmup_epochs": 1, "warmup_lr": 0.2}, r"--schedule.warmup_lr=0.2 lies above the learning rate, 0.1"),
+        ({"name": "step", "cooldown_epochs": 1}, r"cooldown_epochs=1.0 has no meaning for --schedule.name=step"),
         ({"warmup_epochs": 12}, r"--schedule.warmup_epochs=12.0 is 84 steps, but the whole training has 84"),
         ({"name": "cosine", "min_lr": 0.2}, r"--schedule.min_lr=0.2 lies above --optim.lr=0.1"),
         ({"name": "step", "period_epochs": 0.1}, r"--schedule.period_epochs=0.1 is 0.7 steps \(7 per epoch\)"),
         ({"name": "cyclic", "period_epochs": 0.2}, r"--schedule.name=cyclic needs at least 2"),
         ({"name": "plateau", "gamma": 1}, r"--schedule.gamma=1.0 must be below 1"),
-        ({"name": "cosin"}, r"--schedule.name=cosin is not one of constant, .*, polynomial\. Did you mean cosine"),
+        ({"name": "cosin"}, r"--schedule.name=cosin is not one of constant, .*, tanh\. Did you mean cosine"),
     ],
 )
 def test_contradictions_are_refused_with_flags_and_numbers(settings: dict[str, object], message: str) -> None:

@@ -40,7 +40,7 @@ from lockstep.run.checkpoint import saved_steps
 from lockstep.run.folder import Run, open_run
 from lockstep.settings.cli import parse_config, run_dir_of
 from lockstep.settings.config import Config
-from lockstep.training.learner import Learner, build_learner, check_names
+from lockstep.training.learner import Learner, build_learner, complete
 
 CONNECT_SECONDS = 120.0  # for all processes to find each other, and for one all-reduce
 CHECK_SECONDS = 900.0  # for one check on the slowest process: it may download a data set
@@ -109,7 +109,7 @@ def check_launch(parts: Parts) -> Finding:
 
 def check_choices(parts: Parts) -> Finding:
     """The network, optimizer, loss, schedule and trackers that the settings name exist."""
-    check_names(parts.config)
+    parts.config = complete(parts.config)
     require_trackers(parts.config.log.trackers)
     config = parts.config
     return Finding("ok", f"{config.model.name}, {config.optim.name}, {config.train.loss}, {config.schedule.name}")

@@ -12,7 +12,7 @@ import torch
 
 from lockstep.data.images import Data, build_data
 from lockstep.files import path_of
-from lockstep.models.network import build_network
+from lockstep.models.network import build_network, with_pretrained_input
 from lockstep.models.summary import count_parameters
 from lockstep.settings.cli import parse_config, run_dir_of
 from lockstep.settings.config import Config
@@ -20,11 +20,12 @@ from lockstep.settings.config import Config
 
 def prepare(config: Config) -> list[str]:
     """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach."""
+    config = with_pretrained_input(config)
     data = build_data(config, run_dir_of(config), write=False)
     lines = [_describe(data, config), *_places(data, config)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")
-    if config.model.pretrained:
+    if config.model.pretrained or config.model.hub_weights:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         lines.append(f"published weights: {HF_HUB_CACHE} (HF_HOME moves it)")

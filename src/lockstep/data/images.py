@@ -199,8 +199,11 @@ def _normalization(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and standard deviation: the settings', measured, or ImageNet's for a streamed set."""
     if augment.mean is not None and augment.std is not None:
-        if {len(augment.mean), len(augment.std)} - {1, channels}:
+        grey = augment.from_pretrained and channels == 1  # which is the mean over the channels
+        if {len(augment.mean), len(augment.std)} - {1, 3 if grey else channels}:
             raise UserError(f"--augment.mean and --augment.std need 1 or {channels} values, one per channel")
+        if grey:
+            return (sum(augment.mean) / len(augment.mean),), (sum(augment.std) / len(augment.std),)
         return augment.mean * (channels // len(augment.mean)), augment.std * (channels // len(augment.std))
     if train.images is None:
         return _IMAGENET_MEAN[channels], _IMAGENET_STD[channels]

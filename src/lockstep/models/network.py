@@ -11,6 +11,7 @@ from torch import nn
 from lockstep.data.images import Data
 from lockstep.errors import UserError
 from lockstep.files import path_of
+from lockstep.models.freeze import freeze
 from lockstep.models.resnet import resnet_basic
 from lockstep.models.small import (
     cifar10_cnn,
@@ -22,9 +23,10 @@ from lockstep.models.small import (
     tiny_cnn,
     vgg_small,
 )
-from lockstep.models.weights import load_weights, put_weights
-from lockstep.settings.config import Config, ModelConfig
+from lockstep.models.weights import fit_channels, load_weights, put_weights
+from lockstep.settings.config import AugmentConfig, Config, ModelConfig
 from lockstep.settings.registry import refuse_unused
+from lockstep.settings.types import written
 
 
 def _say_nothing(_: str) -> None:
@@ -48,15 +50,15 @@ NETWORKS = {
     "vgg_small": Network(vgg_small, frozenset({"dropout", "width", "noise", "init"})),
     "resnet_basic": Network(resnet_basic, frozenset({"dropout", "width", "batch_norm", "init"})),
 }
-_TIMM_SETTINGS = frozenset({"dropout", "drop_path", "stem", "pretrained"})
-_ALWAYS = frozenset({"name", "checkpoint", "summary"})
+_TIMM_SETTINGS = frozenset({"dropout", "drop_path", "stem", "global_pool", "pretrained", "grad_checkpointing"})
+_ALWAYS = frozenset({"name", "checkpoint", "freeze", "summary"})
 
 
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build the network `config.name` on the CPU, with initial weights drawn from torch's global generator.
 
     It maps images (N, channels, height, width) of `image_shape` = (channels, height, width) to logits
-    (N, num_classes). Weights of `config.checkpoint` are not loaded here.
+    (N, num_classes). Weights of `config.checkpoint` are not loaded here, but for those of the hub.
     Raises UserError for an unknown name, for a setting that this network has no use for, for an image size that
     it cannot take, and for pretrained weights that cannot be had.
     """
@@ -68,9 +70,29 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int], num_clas
 def find_network(config: ModelConfig) -> Network:
     """The record of `model.name`; raises UserError if there is none, or if it has no use for a setting."""
     network = NETWORKS[config.name] if config.name in NETWORKS else _find_timm(config.name)
+    if config.hub_weights is not None and config.name in NETWORKS:
+        raise UserError(f"--model.checkpoint={config.checkpoint} is for networks of timm, not for {config.name}")
     optional = {setting.name for setting in fields(config)} - _ALWAYS
     refuse_unused("model.name", config, network.settings, optional)
     return network
+
+
+def with_pretrained_input(config: Config) -> Config:
+    """The settings, with size and normalisation of the pretrained weights' training if `augment.from_pretrained`."""
+    if not config.augment.from_pretrained:
+        return config
+    from lockstep.models import timm_models  # here, because timm takes seconds to import
+
+    return replace(config, augment=timm_models.pretrained_input(config.model, config.augment))
+
+
+def _describe_input(augment: AugmentConfig) -> str:
+    if not augment.from_pretrained:
+        return "note: --augment.from_pretrained=true gives the pretrained weights images as they know them"
+    size, crop = augment.image_size, augment.eval_crop
+    return f"images as in the training of the pretrained weights: {size}x{size}, augment.eval_crop={crop:g}, mean " + (
+        f"{written(augment.mean)}, std {written(augment.std)}"
+    )
 
 
 def _find_timm(name: str) -> Network:
@@ -96,14 +118,21 @@ def build_network(
     them. Weights for another number of classes leave the last layer as it was drawn, and `say` tells.
     Raises UserError if the network cannot take the images or the weights are another network's.
     """
-    model_config = replace(config.model, pretrained=False) if resumes else config.model
+    model_config = replace(config.model, pretrained=False, checkpoint=None) if resumes else config.model
     model = build_model(model_config, data.image_shape, data.num_classes)
-    if config.model.checkpoint and not resumes:
-        weights = load_weights(path_of(config.model.checkpoint))
-        if new := put_weights(model, weights, config.model.checkpoint, new_head=True):
-            say(f"{config.model.checkpoint} was for another number of classes: {' and '.join(new)} begin anew")
+    if (config.model.pretrained or config.model.hub_weights) and not resumes:
+        say(_describe_input(config.augment))
+    if model_config.checkpoint and not model_config.hub_weights:
+        weights = load_weights(path_of(model_config.checkpoint))
+        if first := fit_channels(model, weights):
+            say(f"{first} of {model_config.checkpoint} is fitted to {data.image_shape[0]} channels")
+        if new := put_weights(model, weights, model_config.checkpoint, new_head=True):
+            say(f"{model_config.checkpoint} was for another number of classes: {' and '.join(new)} begin anew")
     if config.runtime.sync_batchnorm:
         model = convert_to_sync_batchnorm(model, device)
+    frozen = freeze(model, config.model.freeze)
+    if frozen and not resumes:
+        say(frozen)
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     if config.runtime.compile:
         # In place: the names of the weights, and so checkpoints, stay as they are. Dropout draws as without compiling.

@@ -1,17 +1,23 @@
 """Networks of timm, fitted to the data set's images and classes."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
+import timm.data
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from timm.models import ResNet
 from torch import nn
 
-from lockstep.errors import UserError
-from lockstep.settings.config import ModelConfig
+from lockstep.errors import UserError, first_line
+from lockstep.files import read_json
+from lockstep.settings.config import AugmentConfig, ModelConfig
 
+_OF_WEIGHTS = ("num_classes", "label_offset")
+"""Of timm's description of a network, what may be another for other weights"""
 LARGEST_CIFAR_STEM_PIXELS = 64
 """`--model.stem=auto` keeps the resolution of images up to this size, where a 7x7/2 stem would throw it away."""
 
@@ -31,20 +37,24 @@ def build_timm(config: ModelConfig, image_shape: tuple[int, int, int], num_class
 
     A ResNet for small images gets the stem of the CIFAR experiments in arXiv:1512.03385: a 3x3 convolution of stride
     1 and no pooling; with `pretrained` that one convolution still starts from random weights.
+    Pretrained weights (also those of `config.checkpoint` if it names a hub's repository) are fitted by timm: a first
+    convolution for colour to grey images, position embeddings to the size, another number of classes to a new head.
     Raises UserError for settings or image sizes that the network does not take, and for weights out of reach.
     """
     name = config.name.removeprefix("timm/")
     channels, height, width = image_shape
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     arguments |= {"drop_rate": config.dropout, "drop_path_rate": config.drop_path or None}  # timm drops a None
+    arguments["global_pool"] = config.global_pool
     try:
         if _weights_config(name).fixed_input_size:
             arguments["img_size"] = (height, width)
-        if config.pretrained:
-            weights = _safe_weights(name)
-            arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights, "custom_load": False}}
+        if config.pretrained or config.hub_weights:
+            arguments |= {"pretrained": True, "pretrained_cfg_overlay": _pretrained_weights(config)}
         model = timm.create_model(name, **arguments)
         _set_stem(model, config, image_shape)
+        if config.grad_checkpointing:
+            _checkpoint_activations(model, config)
         _check_forward(model, image_shape, num_classes)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(_explain(error, config, image_shape)) from error
@@ -60,6 +70,11 @@ def _explain(error: Exception, config: ModelConfig, image_shape: tuple[int, int,
     for flag, argument in {"drop_path": "drop_path_rate", "dropout": "drop_rate"}.items():
         if f"argument '{argument}'" in reason:
             return f"--model.{flag} has no meaning for --model.name={config.name}: remove it"
+    if config.global_pool and ("pool" in reason.lower() or not str(error)):
+        return f"--model.global_pool={config.global_pool} has no meaning for --model.name={config.name}: {reason}"
+    if "state_dict" in reason:
+        details = " ".join(str(error).split())[:200]
+        return f"the pretrained weights do not fit --model.name={config.name} with these settings: {details}"
     channels, height, width = image_shape
     usual = _weights_config(name).input_size
     return (
@@ -101,24 +116,81 @@ def _check_forward(model: nn.Module, image_shape: tuple[int, int, int], num_clas
     assert logits.shape == (1, num_classes), f"logits of shape {tuple(logits.shape)}"
 
 
-def _safe_weights(name: str) -> str:
-    """Path of the published weights: from the hub's cache, else from the hub; safetensors only, nothing pickled."""
+def _checkpoint_activations(model: Any, config: ModelConfig) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"--model.grad_checkpointing=true has no meaning for --model.name={config.name}") from error
+
+
+def pretrained_input(config: ModelConfig, augment: AugmentConfig) -> AugmentConfig:
+    """The settings with the size, crop, mean and deviation that the pretrained weights were trained with.
+
+    What the user has set stays. Raises UserError if the weights are a hub's, and out of reach.
+    """
+    if config.hub_weights:
+        published = _described_on_hub(config)
+    else:
+        published = _weights_config(config.name.removeprefix("timm/")).to_dict()
+    known = timm.data.resolve_data_config({}, pretrained_cfg=published)
+    usual = AugmentConfig()
+    missing: dict[str, Any] = {
+        "image_size": int(known["input_size"][-1]),
+        "eval_crop": float(known["crop_pct"]),
+        "mean": tuple(known["mean"]),
+        "std": tuple(known["std"]),
+    }
+    return replace(
+        augment, **{name: value for name, value in missing.items() if getattr(augment, name) == getattr(usual, name)}
+    )
+
+
+def _pretrained_weights(config: ModelConfig) -> dict[str, Any]:
+    """What timm must know of the weights to load: safetensors only, nothing pickled, no code of others."""
+    name = config.name.removeprefix("timm/")
+    if config.hub_weights:
+        described = _described_on_hub(config)
+        made_for = described.get("architecture", name)
+        if made_for.split(".")[0] != name.split(".")[0]:
+            raise UserError(f"--model.checkpoint={config.checkpoint} is for timm/{made_for}, not for {config.name}")
+        file = _from_hub(config.hub_weights, "model.safetensors", f"--model.checkpoint={config.checkpoint}")
+        return {"file": file, "custom_load": False, **{key: described[key] for key in _OF_WEIGHTS if key in described}}
     repository = _weights_config(name).hf_hub_id
     if not repository:
         raise UserError(
             f"--model.pretrained=true: timm publishes no weights for {name}; it has {_published_weights(name)}"
         )
-    file = "model.safetensors"
+    return {"file": _from_hub(repository, "model.safetensors", "--model.pretrained=true"), "custom_load": False}
+
+
+def _described_on_hub(config: ModelConfig) -> dict[str, Any]:
+    """What timm's config.json in a hub's repository says of the weights beside it."""
+    setting = f"--model.checkpoint={config.checkpoint}"
+    path = _from_hub(config.hub_weights or "", "config.json", setting)
     try:
-        return hf_hub_download(repository, file, local_files_only=True)
+        described = read_json(Path(path))
+        return described.get("pretrained_cfg", {}) | {
+            key: described[key] for key in ("architecture", "num_classes") if key in described
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{setting}: its config.json is not timm's ({first_line(error)})") from error
+
+
+def _from_hub(place: str, file: str, setting: str) -> str:
+    """Path of a file of `place`, a repository and perhaps @revision: from the hub's cache, else from the hub."""
+    repository, _, revision = place.partition("@")
+    try:
+        return hf_hub_download(repository, file, revision=revision or None, local_files_only=True)
     except LocalEntryNotFoundError:
         pass  # Asking the cache first spares clusters without network half a minute of retries.
+    except HFValidationError as error:
+        raise UserError(f"{setting} names no repository, as in hf_hub:timm/resnet18.a1_in1k") from error
     try:
-        return hf_hub_download(repository, file)
+        return hf_hub_download(repository, file, revision=revision or None)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         folder = "models--" + repository.replace("/", "--")
         raise UserError(
-            f"--model.pretrained=true: {repository}/{file} is neither in {constants.HF_HUB_CACHE} nor within reach "
+            f"{setting}: {repository}/{file} is neither in {constants.HF_HUB_CACHE} nor within reach "
             f"({type(error).__name__}); run `hf download {repository} {file}` on a machine with network and copy the "
             f"cache folder {folder} here"
         ) from error

@@ -58,6 +58,24 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, ne
     return head
 
 
+def fit_channels(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
+    """Fit a first convolution for colour, in place, to a network for another number of channels; its name, or None.
+
+    For grey images its three parts are added up, as if each channel were the grey one: timm's rule.
+    """
+    own = model.state_dict()
+    name = next((name for name, value in own.items() if value.ndim == 4), None)
+    if name is None or name not in weights:
+        return None
+    (outputs, channels, *kernel), given = own[name].shape, weights[name]
+    if channels == 3 or list(given.shape) != [outputs, 3, *kernel]:
+        return None
+    from timm.models import adapt_input_conv  # here, because timm takes seconds to import
+
+    weights[name] = adapt_input_conv(channels, given)
+    return name
+
+
 def _head_for_other_classes(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
     """The names of the last layer's weights, if they differ from those given in their first size, and only there."""
     layer = [name for name, value in own.items() if value.ndim >= 2][-1].rpartition(".")[0]

@@ -316,7 +316,7 @@ def _underfitting(e: Evidence) -> Finding | None:
     levels = [e.left_to_learn] + ([] if math.isnan(last.val_loss) else [last.val_loss / e.guessing])
     flat = lowest > 0.97 * third[0].train_loss and not last.val_loss > 1.3 * last.train_loss
     rates = [line["lr"] for line in e.lines if line["epoch"] >= third[0].number]
-    still_learns = max(rates, default=0.0) >= 0.1 * e.config.optim.lr
+    still_learns = max(rates, default=0.0) >= 0.1 * e.config.lr
     if len(e.epochs) < 4 or min(levels) < 0.4 or not flat or not still_learns:
         return None
     where = f"train/loss does not fall below {lowest:.2f} from epoch {third[0].number} on, {_both(last)}"

@@ -64,6 +64,11 @@ def open_tracker(
             f"note: this result belongs to {launch.num_processes} process{'es' * (launch.num_processes > 1)}, because "
             f"--train.micro_batch_size is left open (now {sampler.micro_batch_size}); set it to launch any number"
         )
+    if config.optim.lr_scaling != "none":
+        tracker.say(
+            f"learning rate {config.lr:g}: --optim.lr={config.optim.lr:g}, scaled ({config.optim.lr_scaling}) from a "
+            f"batch of {config.optim.lr_base_batch_size} to {config.train.batch_size}"
+        )
     tracker.start(calendar.total_steps, progress.step)
     return tracker
 

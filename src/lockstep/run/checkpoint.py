@@ -362,7 +362,7 @@ def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any])
     The kernel stays that of `optimizer`: what is fused on one device need not be on another.
     """
     pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    groups = [{**saved, "fused": own.get("fused")} for saved, own in pairs]
+    groups = [saved | {key: own[key] for key in ("fused",) if key in own} for saved, own in pairs]
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():

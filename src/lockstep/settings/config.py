@@ -159,6 +159,8 @@ class AugmentConfig(_Section):
     """Per-channel mean for images in [0, 1]; default: measured on the training set (ImageNet's when it streams)"""
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation, as for mean"""
+    from_pretrained: bool = False
+    """Take image_size, eval_crop, mean and std, where they are not set, from the training of the pretrained weights"""
 
     def _refuse_contradictions(self) -> None:
         for name in ("resized_crop", "grayscale", "blur", "erasing"):
@@ -206,10 +208,16 @@ class ModelConfig(_Section):
     """Initial weights of convolutions and linear layers; default: the network's own"""
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
     """First layers of a timm ResNet; auto: cifar (3x3, no pooling) up to 64 pixels, imagenet above"""
+    global_pool: str | None = None
+    """Pooling before the last layer of a timm network: avg, max, avgmax, catavgmax, ...; default: its own"""
     pretrained: bool = False
     """Start from timm's published weights (network or hub cache needed)"""
     checkpoint: str | None = None
-    """Start from the weights of this .safetensors file, checkpoint or run; for other classes the last layer is new"""
+    """Start from this .safetensors file, checkpoint, run or hf_hub:<name>; for other classes the last layer is new"""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters or layers that do not learn, nor batch norms' statistics there: [conv1, "layer[12]*"]"""
+    grad_checkpointing: bool = False
+    """Compute activations of timm's blocks anew in the backward pass: less memory, more time, the same bits"""
     summary: bool = False
     """Print the layer table, parameters and FLOPs"""
 
@@ -225,6 +233,14 @@ class ModelConfig(_Section):
             not (self.pretrained and self.checkpoint),
             "--model.pretrained=true and --model.checkpoint both set the first weights: choose one",
         )
+        _require("" not in self.freeze, "--model.freeze has an empty pattern: it matches nothing")
+
+    @property
+    def hub_weights(self) -> str | None:
+        """The repository that `checkpoint` names on the Hugging Face hub, in timm's spelling, or none."""
+        place = self.checkpoint or ""
+        prefix = next((prefix for prefix in ("hf_hub:", "hf-hub:") if place.startswith(prefix)), None)
+        return None if prefix is None else place.removeprefix(prefix)
 
 
 @dataclass(frozen=True)
@@ -237,18 +253,32 @@ class OptimConfig(_Section):
     """Optimizer (sgd, adamw, lamb, muon, ...), with torch's or timm's own defaults for what is not set here"""
     lr: float = 1e-3
     """Highest learning rate"""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply lr by train.batch_size / lr_base_batch_size, or by its square root"""
+    lr_base_batch_size: int = 256
+    """The global batch that lr is meant for, with lr_scaling"""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer of a timm network to the one before it, as 0.75; default: none"""
     weight_decay: float = 0.0
     """L2 penalty (decoupled for adamw)"""
     decay_all: bool = True
     """false: no weight decay on biases and norm layers"""
     momentum: float = 0.0
-    """Momentum of sgd and rmsprop"""
+    """Momentum of sgd, rmsprop and their like"""
     nesterov: bool = False
     """Nesterov momentum for sgd"""
+    betas: tuple[float, ...] = ()
+    """Decay rates of Adam's moments and of their like; default: the optimizer's own"""
+    eps: float | None = None
+    """What optimizers add to a denominator; default: the optimizer's own"""
+    alpha: float | None = None
+    """Decay rate of rmsprop's mean square; default: the optimizer's own (rmsprop 0.99, rmsprop_tf 0.9)"""
     l1: float = 0.0
     """L1 penalty on all weights, added to the gradient; the logged loss is without it"""
     clip_norm: float | None = None
-    """Largest gradient norm of a step; default: no clipping"""
+    """Largest gradient norm of a step, or what clip_mode makes of it; default: no clipping"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """clip_norm bounds the norm of all gradients, each number (value), or unit norms as shares of weights' (agc)"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.lr > 0, f"--optim.lr={self.lr} must be positive")
@@ -259,6 +289,23 @@ class OptimConfig(_Section):
         _require(
             self.clip_norm is None or self.clip_norm > 0,
             f"--optim.clip_norm={self.clip_norm} must be positive (leave it out for no clipping)",
+        )
+        _require(
+            self.clip_mode == "norm" or self.clip_norm is not None,
+            f"--optim.clip_mode={self.clip_mode} needs --optim.clip_norm, its bound (agc: for example 0.01)",
+        )
+        for beta in self.betas:
+            _require(0 <= beta < 1, f"--optim.betas={list(self.betas)} must lie in [0, 1)")
+        _require(self.eps is None or self.eps > 0, f"--optim.eps={self.eps} must be positive")
+        if self.alpha is not None:
+            _require_fraction("optim.alpha", self.alpha, one_allowed=False)
+        decay = self.layer_decay
+        _require(decay is None or 0 < decay <= 1, f"--optim.layer_decay={decay} must lie in (0, 1]")
+        base = self.lr_base_batch_size
+        _require(base >= 1, f"--optim.lr_base_batch_size={base} must be at least 1")
+        _require(
+            self.lr_scaling != "none" or base == 256,
+            f"--optim.lr_base_batch_size={base} means nothing without --optim.lr_scaling=linear or sqrt",
         )
 
 
@@ -271,11 +318,25 @@ class ScheduleConfig(_Section):
     name: str = "constant"
     """Shape (constant, step, cosine, plateau, onecycle, ...); combine with warmup_epochs for a linear warm-up"""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 1 % of the learning rate"""
+    """Linear warm-up from 1 % of the learning rate, or from warmup_lr"""
+    warmup_lr: float | None = None
+    """The learning rate of the first step of a warm-up; default: 1 % of the highest"""
+    warmup_prefix: bool = True
+    """cosine, cosine_restarts, polynomial, tanh begin when warm-up is over; false: with it, as in timm's default"""
+    cooldown_epochs: float = 0.0
+    """The last so many epochs at min_lr (cosine, cosine_restarts, polynomial, tanh)"""
+    per_epoch: bool = False
+    """Change the learning rate at the beginning of an epoch only, as timm does by default"""
     min_lr: float = 0.0
-    """Floor of cosine, cosine_restarts, cyclic, onecycle, polynomial and plateau"""
+    """Floor of cosine, cosine_restarts, cyclic, onecycle, polynomial, tanh and plateau"""
     period_epochs: float = 10.0
-    """Epochs between drops (step), restarts (cosine_restarts) or valleys (cyclic)"""
+    """Epochs between drops (step), restarts (cosine_restarts; the first period) or valleys (cyclic)"""
+    period_factor: float = 1.0
+    """How much longer each period of cosine_restarts is than the one before it"""
+    period_decay: float = 1.0
+    """Factor of the highest learning rate from one period of cosine_restarts to the next"""
+    k_decay: float = 1.0
+    """Exponent of the share of training that is done (cosine, cosine_restarts, polynomial; arXiv:2004.05909)"""
     milestones: tuple[float, ...] = ()
     """Epochs at which multistep drops"""
     gamma: float = 0.1
@@ -288,9 +349,13 @@ class ScheduleConfig(_Section):
     """Share of training at which onecycle reaches the highest learning rate"""
 
     def _refuse_contradictions(self) -> None:
-        for name in ("warmup_epochs", "min_lr", "patience"):
+        for name in ("warmup_epochs", "cooldown_epochs", "min_lr", "patience"):
             _require(getattr(self, name) >= 0, f"--schedule.{name}={getattr(self, name)} must not be negative")
-        for name in ("period_epochs", "gamma", "power"):
+        first = self.warmup_lr
+        _require(first is None or first >= 0, f"--schedule.warmup_lr={first} must not be negative")
+        _require(first is None or self.warmup_epochs > 0, "--schedule.warmup_lr needs --schedule.warmup_epochs above 0")
+        _require(self.period_factor >= 1, f"--schedule.period_factor={self.period_factor} must be at least 1")
+        for name in ("period_epochs", "period_decay", "k_decay", "gamma", "power"):
             _require(getattr(self, name) > 0, f"--schedule.{name}={getattr(self, name)} must be positive")
         _require(0 < self.peak < 1, f"--schedule.peak={self.peak} must lie between 0 and 1")
         _require(
@@ -321,8 +386,12 @@ class TrainConfig(_Section):
     """cross_entropy or nll, which is cross-entropy spelled as log-softmax and negative log-likelihood"""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes"""
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+    """Weights of the classes in the loss, only their ratios count; balanced: the rarer the heavier"""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
+    ema_warmup: Literal["ratio", "power", "none"] = "ratio"
+    """Decay after n steps is at most (1 + n) / (10 + n), TensorFlow's rule; power: 1 - n**(-2/3), timm's; none: full"""
     validate_every_epochs: int = 1
     """Validate every this many epochs, and at the end; the best of these weights are the result"""
     best_from_epoch: int = 1
@@ -341,6 +410,14 @@ class TrainConfig(_Section):
         _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
         if self.ema_decay is not None:
             _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
+        _require(
+            self.ema_warmup == "ratio" or self.ema_decay is not None,
+            f"--train.ema_warmup={self.ema_warmup} needs --train.ema_decay",
+        )
+        if not isinstance(self.class_weights, str):
+            heavy = len(self.class_weights) > 1 and max(self.class_weights) > 0 and min(self.class_weights) >= 0
+            weights = list(self.class_weights)
+            _require(heavy, f"--train.class_weights={weights} must be numbers of which none is negative, one a class")
         micro = self.micro_batch_size
         if isinstance(micro, int) and self.batch_size % micro:
             below = self.batch_size - self.batch_size % micro
@@ -472,8 +549,17 @@ class Config:
             f"--train.batch_size={self.train.batch_size} is not a multiple of --data.repeats={self.data.repeats}",
         )
         _require(
-            self.schedule.min_lr <= self.optim.lr,
-            f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}",
+            self.schedule.min_lr <= self.lr,
+            f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}"
+            + ("" if self.optim.lr_scaling == "none" else f", which is {self.lr:.6g} for this batch size"),
+        )
+        _require(
+            not self.augment.from_pretrained or self.model.pretrained or self.model.hub_weights is not None,
+            "--augment.from_pretrained=true needs --model.pretrained=true or --model.checkpoint=hf_hub:<repository>",
+        )
+        _require(
+            not (self.data.sampling == "balanced" and self.train.class_weights == "balanced"),
+            "--data.sampling=balanced and --train.class_weights=balanced do the same twice: choose one",
         )
         _require(
             self.run.from_run is None or not (self.model.pretrained or self.model.checkpoint),
@@ -488,6 +574,12 @@ class Config:
             "--train.micro_batch_size=auto may accumulate, which --runtime.static_graph=true forbids: set a number",
         )
 
+    @property
+    def lr(self) -> float:
+        """The highest learning rate: `optim.lr`, scaled to the global batch if `optim.lr_scaling` says so."""
+        exponent = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.optim.lr_scaling]
+        return self.optim.lr * (self.train.batch_size / self.optim.lr_base_batch_size) ** exponent
+
 
 _MEANING = 2
 """Raised when a default, or what a setting means, changes: a name must not stand for two trainings"""
@@ -496,7 +588,7 @@ _MEANING = 2
 _SHAPELESS = {
     "run": {"name", "root", "resume", "max_hours", "notes", "tags", "group"},
     "data": {"root", "cache_dir", "workers"},
-    "model": {"summary"},
+    "model": {"summary", "grad_checkpointing"},
     "train": {"max_bad_steps"},
     "runtime": {
         "compile",

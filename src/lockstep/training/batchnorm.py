@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
+from lockstep.models.freeze import is_frozen
 from lockstep.training.tree import Subtrees, TreeExchange, add_to_right
 
 
@@ -47,7 +48,7 @@ class RunningStatistics:
         self._counters: list[Tensor] = []
         self._momenta: list[float] = []
         for name, layer in model.named_modules():
-            if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
+            if not isinstance(layer, _BatchNorm) or not layer.track_running_stats or is_frozen(layer):
                 continue
             if layer.momentum is None:
                 raise UserError(f"batch norm {name} averages over all steps (momentum None): give it a momentum")

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.errors import UserError
 from lockstep.launch.sharding import local, part_of
-from lockstep.settings.config import TrainConfig
+from lockstep.settings.config import Config
+
+Warmup = Literal["ratio", "power", "none"]
 
 
 class ExponentialAverage:
@@ -21,10 +24,15 @@ class ExponentialAverage:
     Always pass the bare network, outside DDP and torch.compile, whose wrappers rename the entries.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts from the present weights. `decay` in [0, 1) is that of a long training, see `decay_at`."""
+    def __init__(
+        self, model: nn.Module, decay: float, warmup: Warmup = "ratio", *, averages_are_given: bool = False
+    ) -> None:
+        """Starts from the present weights. `decay` in [0, 1) is that of a long training, see `decay_at`.
+
+        `averages_are_given`: those of a training before this one will be loaded, and are not to fade quickly.
+        """
         assert 0 <= decay < 1, decay
-        self.decay = decay
+        self.decay, self.warmup, self._given = decay, warmup, averages_are_given
         self._averages = {name: value.clone() for name, value in model.state_dict().items()}
 
     def decay_at(self, step: int) -> float:
@@ -32,8 +40,16 @@ class ExponentialAverage:
 
         min(decay, (1 + step) / (10 + step)), the rule of TensorFlow's ExponentialMovingAverage with `num_updates`:
         https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+        Warm-up `power` is min(decay, 1 - step ** (-2/3)), and `none` the full decay, both 0 at the first step, which
+        takes the weights as they are: timm's ModelEmaV3 with and without its warm-up.
         """
-        return min(self.decay, (1 + step) / (10 + step))
+        if self._given:
+            return self.decay
+        if self.warmup == "ratio":
+            return min(self.decay, (1 + step) / (10 + step))
+        if step <= 1:
+            return 0.0
+        return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup == "power" else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -90,6 +106,9 @@ def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         torch._foreach_copy_([local(target) for target in targets.values()], [local(values[name]) for name in targets])
 
 
-def build_average(config: TrainConfig, model: nn.Module) -> ExponentialAverage | None:
+def build_average(config: Config, model: nn.Module) -> ExponentialAverage | None:
     """The average that `train.ema_decay` asks for, of the bare network."""
-    return None if config.ema_decay is None else ExponentialAverage(model, config.ema_decay)
+    if config.train.ema_decay is None:
+        return None
+    goes_on = config.run.from_run is not None
+    return ExponentialAverage(model, config.train.ema_decay, config.train.ema_warmup, averages_are_given=goes_on)

@@ -16,12 +16,12 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import prepare, shard
-from lockstep.models.network import build_network, find_network
+from lockstep.models.network import build_network, find_network, with_pretrained_input
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.settings.config import Config
 from lockstep.settings.registry import choose, look_up
 from lockstep.training.ema import ExponentialAverage, build_average
-from lockstep.training.loss import LOSSES, Loss, build_loss, total
+from lockstep.training.loss import LOSSES, Loss, build_loss, total, weights_of_classes
 from lockstep.training.optim import OPTIMIZERS, build_optimizer
 from lockstep.training.schedule import SHAPES
 
@@ -74,13 +74,14 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
     seed_run(config.run.seed)
     model = build_network(config, data, launch.device, resumes=resumes, say=launch.say)
     shard(model, launch, compress_gradients=config.runtime.compress_gradients)
-    average = build_average(config.train, model)
+    average = build_average(config, model)
     bare_optimizer = build_optimizer(config.optim, model, may_fuse=not launch.fsdp)
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)
     network = prepare(accelerator, launch, model, config.runtime)
     precropped = crops_while_decoding(data.train, config.augment)
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=precropped)
-    loss_of = build_loss(config.train)
+    weights = weights_of_classes(config, data.train.drawn_labels, data.num_classes)
+    loss_of = build_loss(config.train, None if weights is None else weights.to(launch.device, torch.float32))
     return Learner(model, network, optimizer, average, transform, loss_of, accelerator, launch, config)
 
 
@@ -93,6 +94,12 @@ def check_names(config: Config) -> None:
     choose(OPTIMIZERS, "optim.name", config.optim)
     choose(LOSSES, "train.loss", config.train)
     look_up(SHAPES, "schedule.name", config.schedule.name)
+
+
+def complete(config: Config) -> Config:
+    """The settings, checked as `check_names` does, with what they leave to pretrained weights filled in."""
+    check_names(config)
+    return with_pretrained_input(config)
 
 
 def blank_batch(data: Data, size: int, device: torch.device) -> Batch:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.settings.config import TrainConfig
+from lockstep.errors import UserError
+from lockstep.settings.config import Config, TrainConfig
 from lockstep.settings.registry import choose
 
 IGNORED = -100
@@ -48,17 +50,48 @@ class Record(NamedTuple):
 LOSSES = {"cross_entropy": Record(_cross_entropy, frozenset({"label_smoothing"})), "nll": Record(_nll)}
 
 
-def build_loss(config: TrainConfig) -> Loss:
+def build_loss(config: TrainConfig, weights: Tensor | None = None) -> Loss:
     """The loss of `config`: logits (B, C) and targets to losses (B,).
 
     Targets are int64 classes (B,), `IGNORED` among them, or floating shares of each class (B, C) as mixup and cutmix
     make them: rows sum to 1, a row of zeros is ignored. Losses are computed in float32 at least, in float64 for float64
     logits. Label smoothing (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567) gives its share of every target to
-    all classes alike.
+    all classes alike. `weights` (C,), if given, multiply the loss of a sample by the weight of its class, or by the
+    mean over its shares of classes.
     Raises UserError for an unknown name or a setting without a meaning for it.
     """
     record = choose(LOSSES, "train.loss", config)
-    return partial(record.compute, **{setting: getattr(config, setting) for setting in record.settings})
+    loss_of = partial(record.compute, **{setting: getattr(config, setting) for setting in record.settings})
+    return loss_of if weights is None else partial(_weighted, loss_of, weights)
+
+
+def _weighted(loss_of: Loss, weights: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    losses = loss_of(logits, targets)
+    if targets.is_floating_point():
+        return losses * (targets * weights).sum(dim=1).to(losses.dtype)
+    return losses * weights.to(losses.dtype)[targets.clamp(min=0)]
+
+
+def weights_of_classes(config: Config, labels: np.ndarray, num_classes: int) -> Tensor | None:
+    """Weights (C,), float64, that `train.class_weights` asks for, of a training set with these `labels`; None for none.
+
+    They are scaled so that their mean over the samples that training draws is 1. Dividing by the batch size, and not
+    as torch's weighted mean by the sum of weights that a batch happens to have, keeps a step's gradient a sum over
+    samples: the same on any launch, and of the size that it has without weights. `balanced` is N / (C * n) for classes
+    of n samples, as in scikit-learn. Raises UserError for another number of weights than classes.
+    """
+    asked, counts = config.train.class_weights, np.bincount(labels[labels >= 0], minlength=num_classes)
+    if asked == "none":
+        return None
+    weights = 1 / np.maximum(counts, 1) if asked == "balanced" else np.array(asked, dtype=np.float64)
+    if len(weights) != num_classes:
+        raise UserError(f"--train.class_weights has {len(weights)} numbers, but the network {num_classes} classes")
+    drawn = (counts > 0).astype(np.float64) if config.data.sampling == "balanced" else counts
+    mean = (weights * drawn).sum() / drawn.sum()
+    if mean == 0:
+        raise UserError("--train.class_weights is 0 for every class of the training set")
+    weights = np.where(counts > 0, weights / mean, 1.0) if asked == "balanced" else weights / mean
+    return torch.from_numpy(weights)
 
 
 def total(losses: Tensor) -> Tensor:
