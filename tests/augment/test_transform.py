@@ -9,7 +9,7 @@ from pictures import COLOURS, EVERYTHING, SINGLE, images_of, keys_of, planes, un
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lockstep.augment import colour, geometry
+from lockstep.augment import colour, geometry, policy
 from lockstep.augment.mix import mix
 from lockstep.augment.transform import TRANSFORMS, Transform, build_transform
 from lockstep.randomness import draw
@@ -73,7 +73,7 @@ def test_a_transform_draws_from_the_stream_of_its_name(name: str, monkeypatch: p
         drawn.add(stream)
         return draw(keys, stream, count)
 
-    for module in (geometry, colour):
+    for module in (geometry, colour, policy):
         monkeypatch.setattr(module, "draw", recording)
     wanted = {setting: EVERYTHING[setting] for setting in TRANSFORMS[name].settings}
     unscaled(**wanted).train(images_of(), keys_of())
@@ -132,7 +132,7 @@ def test_where_a_device_has_no_float64_none_is_asked_for(monkeypatch: pytest.Mon
                     assert tensor.numel() <= 3, f"{function} made float64 {tuple(tensor.shape)}"
             return result
 
-    for place in ("randomness", "augment.geometry", "augment.transform"):
+    for place in ("randomness", "augment.geometry", "augment.operations", "augment.transform"):
         monkeypatch.setattr(f"lockstep.{place}.real_type", lambda device: torch.float32)
     transform = Transform(AugmentConfig(**EVERYTHING), (0.5,) * 3, (0.2,) * 3, torch.float32)
     images, keys = images_of(), keys_of()

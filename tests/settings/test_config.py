@@ -55,6 +55,17 @@ def configured(**settings: Any) -> Config:
         ({"augment__jitter": (0.1,) * 5}, ["--augment.jitter", "at most"]),
         ({"augment__jitter": (0.2, -0.1)}, ["--augment.jitter=[0.2, -0.1]"]),
         ({"augment__jitter": (0.0, 0.0, 0.0, 0.6)}, ["--augment.jitter", "[0, 0.5]"]),
+        ({"augment__policy_ops": 0}, ["--augment.policy_ops=0", "at least 1"]),
+        ({"augment__policy_magnitude_std": -1.0}, ["--augment.policy_magnitude_std=-1.0"]),
+        ({"augment__policy_magnitude": 31.0}, ["--augment.policy_magnitude=31.0", "[0, 30]"]),
+        (
+            {"augment__policy_magnitude": 11.0, "augment__policy_space": "timm"},
+            ["--augment.policy_magnitude=11.0", "[0, 10]", "--augment.policy_space=timm"],
+        ),
+        (
+            {"augment__policy": "augmix", "augment__policy_magnitude": 2.5},
+            ["--augment.policy_magnitude=2.5", "1 to 10"],
+        ),
         ({"augment__mean": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__std": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__mean": (0.5,), "augment__std": (0.0,)}, ["--augment.std=(0.0,)"]),
@@ -168,7 +179,7 @@ def other_value(value: Any, annotation: Any) -> Any:
 CHANGES = {
     "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
-    "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
+    "augment.policy_magnitude": 5.0, "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
     "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
     "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
     "train.ema_decay": 0.9, "checkpoint.keep_every_steps": 5,

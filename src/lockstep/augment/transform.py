@@ -6,7 +6,7 @@ and restart, and switching one transform on leaves the draws of the others alone
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lockstep.augment import colour, geometry
 from lockstep.augment.mix import mix, mixes
+from lockstep.augment.policy import apply_policy
 from lockstep.errors import UserError
 from lockstep.randomness import real_type
 from lockstep.settings.config import AugmentConfig, Config
 
 
 class Record(NamedTuple):
-    """One transform: when it happens, what it does, and the settings (0 or empty: off) that ask for it.
+    """One transform: when it happens, what it does, and the settings (0, empty or "none": off) that ask for it.
 
     - pixels: uint8 (B, H, W, C), keys (B,) and config to such images
     - warp: keys, config and width / height to matrices (B, 3, 3); all are joined and resampled once
@@ -43,12 +44,16 @@ TRANSFORMS = {
     "affine": Record("warp", geometry.affine, ("rotation", "translate", "zoom", "shear")),
     "perspective": Record("warp", geometry.perspective, ("perspective",)),
     "resized_crop": Record("warp", geometry.resized_crop, ("resized_crop",)),
+    "policy": Record("colour", apply_policy, ("policy",)),
     "jitter": Record("colour", colour.jitter, ("jitter",)),
     "grayscale": Record("colour", colour.grayscale, ("grayscale",), needs_colour=True),
     "blur": Record("colour", colour.blur, ("blur",)),
     "noise": Record("colour", colour.noise, ("noise",)),
     "erase": Record("normalised", geometry.erase, ("erasing",)),
 }
+
+
+_OFF = (0, (), "none")
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Transform:
         return [
             record
             for name, record in TRANSFORMS.items()
-            if record.stage == stage and any(getattr(self.config, setting) for setting in record.settings)
+            if record.stage == stage and any(getattr(self.config, setting) not in _OFF for setting in record.settings)
             if not (name == "resized_crop" and self.precropped)
         ]
 
@@ -135,4 +140,5 @@ def build_transform(
         ]
         if useless:
             raise UserError(f"--augment.{' and '.join(useless)} cannot change grey images: leave it out")
+    augment = replace(augment, mean=mean, std=std)  # some draw what is uncovered in the mean colour
     return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes)

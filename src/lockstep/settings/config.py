@@ -138,6 +138,16 @@ class AugmentConfig(_Section):
     """Shear by up to this many degrees either way"""
     perspective: float = 0.0
     """Move the corners by up to this share of half the image size"""
+    policy: str = "none"
+    """none, randaugment, autoaugment, trivialaugment, augmix, three_augment: random operations on each image"""
+    policy_ops: int = 2
+    """Operations of randaugment, one after the other"""
+    policy_magnitude: float | None = None
+    """Strength of randaugment (default: 9) or severity of augmix (1 to 10; default: 3)"""
+    policy_magnitude_std: float = 0.0
+    """Standard deviation of a normal number added to the magnitude of each operation of randaugment"""
+    policy_space: Literal["torchvision", "timm", "timm_inc"] = "torchvision"
+    """randaugment's operations: torchvision's (magnitude 0 to 30), or timm's rand, or rand with inc1 (0 to 10)"""
     jitter: tuple[float, ...] = ()
     """Strengths of brightness, contrast, saturation and hue jitter, as many as wanted: [0.2, 0.2]"""
     grayscale: float = 0.0
@@ -167,6 +177,7 @@ class AugmentConfig(_Section):
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--augment.{name}={value} must not be negative")
+        self._refuse_policy_contradictions()
         _require(0 < self.eval_crop <= 1, f"--augment.eval_crop={self.eval_crop} must lie in (0, 1]")
         _require(self.image_size is None or self.image_size > 0, f"--augment.image_size={self.image_size} must be > 0")
         _require(len(self.jitter) <= 4, "--augment.jitter takes at most brightness, contrast, saturation and hue")
@@ -177,6 +188,21 @@ class AugmentConfig(_Section):
             "--augment.mean and --augment.std belong together: set both or neither",
         )
         _require(self.std is None or min(self.std) > 0, f"--augment.std={self.std} must be positive")
+
+    def _refuse_policy_contradictions(self) -> None:
+        _require(self.policy_ops >= 1, f"--augment.policy_ops={self.policy_ops} must be at least 1")
+        deviation, magnitude = self.policy_magnitude_std, self.policy_magnitude
+        _require(deviation >= 0, f"--augment.policy_magnitude_std={deviation} must not be negative")
+        if magnitude is not None and self.policy == "augmix":
+            is_level = 1 <= magnitude <= 10 and magnitude.is_integer()
+            _require(is_level, f"--augment.policy_magnitude={magnitude} of augmix must be a whole number from 1 to 10")
+        elif magnitude is not None:
+            top = 30 if self.policy_space == "torchvision" else 10
+            _require(
+                0 <= magnitude <= top,
+                f"--augment.policy_magnitude={magnitude} must lie in [0, {top}] for "
+                f"--augment.policy_space={self.policy_space}",
+            )
 
 
 @dataclass(frozen=True)
@@ -482,7 +508,7 @@ class Config:
         )
 
 
-_MEANING = 2
+_MEANING = 3
 """Raised when a default, or what a setting means, changes: a name must not stand for two trainings"""
 
 # Settings that leave the learned weights as they are, or only say how long and how well watched the run is.

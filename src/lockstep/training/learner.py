@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from lockstep.augment.policy import POLICIES
 from lockstep.augment.transform import Transform, build_transform
 from lockstep.data.images import Data, ImageSet
 from lockstep.data.loader import Batch, EvaluationLoader, crops_while_decoding
@@ -85,13 +86,14 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the settings name a network, an optimizer, a schedule or a loss that there is not.
+    """Raise UserError if the settings name a network, an optimizer, a schedule, a loss or a policy that there is not.
 
     Quick, for the beginning of a program, before data are read.
     """
     find_network(config.model)
     choose(OPTIMIZERS, "optim.name", config.optim)
     choose(LOSSES, "train.loss", config.train)
+    choose(POLICIES, "augment.policy", config.augment)
     look_up(SHAPES, "schedule.name", config.schedule.name)
 
 
