@@ -104,6 +104,17 @@ def test_a_training_batch_is_augmented_and_then_mixed() -> None:
         assert torch.equal(got, wanted) and got.shape[0] == 4
 
 
+def test_mixing_ends_with_its_epoch() -> None:
+    images, labels, keys = images_of(4), torch.tensor([0, 1, 2, 3]), keys_of(4)
+    config = AugmentConfig(mixup=1.0, mix_off_epoch=2)
+    mixing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, num_classes=5, steps_per_epoch=10)
+    for step in (0, 19):
+        assert mixing.train_batch(images, labels, keys, (0, step, 0))[1].is_floating_point()
+    for step in (20, 55):
+        output, targets = mixing.train_batch(images, labels, keys, (0, step, 0))
+        assert torch.equal(output, mixing.train(images, keys)) and torch.equal(targets, labels)
+
+
 @pytest.mark.parametrize("changes", [{"grayscale": 0.1}, {"jitter": (0, 0, 0.2)}, {"jitter": (0, 0, 0, 0.1)}])
 def test_colour_settings_are_refused_for_grey_images(changes: dict[str, Any]) -> None:
     config = Config(augment=AugmentConfig(**changes))

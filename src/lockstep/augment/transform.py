@@ -68,6 +68,8 @@ class Transform:
     """The random resized crop was done where the images were decoded"""
     num_classes: int = 0
     """Width of the soft targets that mixing makes"""
+    steps_per_epoch: int = 1
+    """Of training"""
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalise only: (x / 255 - mean) / std."""
@@ -78,9 +80,15 @@ class Transform:
     def train_batch(
         self, images: Tensor, labels: Tensor, keys: Tensor, seed: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor]:
-        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes)."""
-        pixels = self.train(images, keys)
-        return mix(pixels, labels, self.config, self.num_classes, seed) if mixes(self.config) else (pixels, labels)
+        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes).
+
+        `seed` is (seed, step, microbatch); what depends on the epoch follows from the step.
+        """
+        pixels, epoch = self.train(images, keys), seed[1] // self.steps_per_epoch
+        off_epoch = self.config.mix_off_epoch
+        if not mixes(self.config) or (off_epoch is not None and epoch >= off_epoch):
+            return pixels, labels
+        return mix(pixels, labels, self.config, self.num_classes, seed)
 
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augment with the randomness of `keys`, int64 (B,), then normalise."""
@@ -126,7 +134,13 @@ def _scale_and_bias(
 
 
 def build_transform(
-    config: Config, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, *, precropped: bool
+    config: Config,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+    *,
+    precropped: bool,
+    steps_per_epoch: int = 1,
 ) -> Transform:
     """The transform for images with these statistics; raises UserError where a setting could have no effect."""
     augment = config.augment
@@ -141,4 +155,4 @@ def build_transform(
         if useless:
             raise UserError(f"--augment.{' and '.join(useless)} cannot change grey images: leave it out")
     augment = replace(augment, mean=mean, std=std)  # some draw what is uncovered in the mean colour
-    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes)
+    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes, steps_per_epoch)

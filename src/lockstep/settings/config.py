@@ -161,14 +161,22 @@ class AugmentConfig(_Section):
     mixup: float | None = None
     """Mix pairs of images with a weight from Beta(mixup, mixup)"""
     cutmix: float | None = None
-    """Paste rectangles between images, area from Beta(cutmix, cutmix); with mixup too, each microbatch draws one"""
+    """Paste rectangles between images, area from Beta(cutmix, cutmix)"""
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One weight and box for the whole microbatch, for each pair of images, or for each image"""
+    mix_prob: float = 1.0
+    """Probability that a microbatch, pair or image is mixed at all"""
+    mix_switch_prob: float = 0.5
+    """With mixup and cutmix: probability of cutmix"""
+    mix_off_epoch: int | None = None
+    """Mix no longer from the end of this many epochs on; default: to the end"""
     mean: tuple[float, ...] | None = None
     """Per-channel mean for images in [0, 1]; default: measured on the training set (ImageNet's when it streams)"""
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation, as for mean"""
 
     def _refuse_contradictions(self) -> None:
-        for name in ("resized_crop", "grayscale", "blur", "erasing"):
+        for name in ("resized_crop", "grayscale", "blur", "erasing", "mix_prob", "mix_switch_prob"):
             _require_fraction(f"augment.{name}", getattr(self, name))
         for name in ("translate", "zoom", "perspective"):
             _require_fraction(f"augment.{name}", getattr(self, name), one_allowed=False)
@@ -177,6 +185,8 @@ class AugmentConfig(_Section):
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--augment.{name}={value} must not be negative")
+        off = self.mix_off_epoch
+        _require(off is None or off >= 1, f"--augment.mix_off_epoch={off} must be at least 1")
         self._refuse_policy_contradictions()
         _require(0 < self.eval_crop <= 1, f"--augment.eval_crop={self.eval_crop} must lie in (0, 1]")
         _require(self.image_size is None or self.image_size > 0, f"--augment.image_size={self.image_size} must be > 0")
@@ -341,9 +351,13 @@ class TrainConfig(_Section):
     max_steps: int | None = None
     """Stop after this many steps even if epochs remain; the schedule stays that of all epochs"""
     loss: str = "cross_entropy"
-    """cross_entropy or nll, which is cross-entropy spelled as log-softmax and negative log-likelihood"""
+    """cross_entropy, bce (binary cross-entropy of each class), or nll, which is cross-entropy in two steps"""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes"""
+    bce_target_threshold: float | None = None
+    """bce: targets above this become 1, all others 0; default: soft targets stay as they are"""
+    bce_sum: bool = False
+    """bce: the loss of a sample is the sum over classes, not their mean"""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
     validate_every_epochs: int = 1
@@ -362,6 +376,8 @@ class TrainConfig(_Section):
             value = getattr(self, name)
             _require(value in (None, "auto") or value >= 1, f"--train.{name}={value} must be at least 1")
         _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
+        if self.bce_target_threshold is not None:
+            _require_fraction("train.bce_target_threshold", self.bce_target_threshold, one_allowed=False)
         if self.ema_decay is not None:
             _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
         micro = self.micro_batch_size

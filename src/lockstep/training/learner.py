@@ -80,7 +80,14 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)
     network = prepare(accelerator, launch, model, config.runtime)
     precropped = crops_while_decoding(data.train, config.augment)
-    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=precropped)
+    transform = build_transform(
+        config,
+        data.mean,
+        data.std,
+        data.num_classes,
+        precropped=precropped,
+        steps_per_epoch=max(1, len(data.train) // config.train.batch_size),
+    )
     loss_of = build_loss(config.train)
     return Learner(model, network, optimizer, average, transform, loss_of, accelerator, launch, config)
 
