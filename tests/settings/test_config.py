@@ -57,6 +57,7 @@ def configured(**settings: Any) -> Config:
         ({"augment__jitter": (0.0, 0.0, 0.0, 0.6)}, ["--augment.jitter", "[0, 0.5]"]),
         ({"augment__mix_prob": 1.1}, ["--augment.mix_prob=1.1", "[0, 1]"]),
         ({"augment__mix_switch_prob": -0.1}, ["--augment.mix_switch_prob=-0.1", "[0, 1]"]),
+        ({"augment__erasing_count": 0}, ["--augment.erasing_count=0", "at least 1"]),
         ({"augment__mix_off_epoch": 0}, ["--augment.mix_off_epoch=0", "at least 1"]),
         ({"train__bce_target_threshold": 1.0}, ["--train.bce_target_threshold=1.0", "[0, 1)"]),
         ({"augment__policy_ops": 0}, ["--augment.policy_ops=0", "at least 1"]),

@@ -157,7 +157,11 @@ class AugmentConfig(_Section):
     noise: float = 0.0
     """Standard deviation of added Gaussian noise, for images in [0, 1]"""
     erasing: float = 0.0
-    """Probability of erasing a rectangle (area 0.02-0.4, aspect 0.3-3.3)"""
+    """Probability of erasing a rectangle (area 0.02-0.33, aspect 0.3-3.3)"""
+    erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    """What is seen there: the mean colour, one random colour, or a random colour for each pixel"""
+    erasing_count: int = 1
+    """Erase one to this many rectangles, of as small a part of the area each"""
     mixup: float | None = None
     """Mix pairs of images with a weight from Beta(mixup, mixup)"""
     cutmix: float | None = None
@@ -185,6 +189,7 @@ class AugmentConfig(_Section):
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--augment.{name}={value} must not be negative")
+        _require(self.erasing_count >= 1, f"--augment.erasing_count={self.erasing_count} must be at least 1")
         off = self.mix_off_epoch
         _require(off is None or off >= 1, f"--augment.mix_off_epoch={off} must be at least 1")
         self._refuse_policy_contradictions()
