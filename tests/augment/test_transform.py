@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep.augment import colour, geometry, policy
 from lockstep.augment.mix import mix
-from lockstep.augment.transform import TRANSFORMS, Transform, build_transform
+from lockstep.augment.transform import TRANSFORMS, Transform, build_transform, progressive_width
 from lockstep.randomness import draw
 from lockstep.settings.config import AugmentConfig, Config, RuntimeConfig
 
@@ -113,6 +113,33 @@ def test_mixing_ends_with_its_epoch() -> None:
     for step in (20, 55):
         output, targets = mixing.train_batch(images, labels, keys, (0, step, 0))
         assert torch.equal(output, mixing.train(images, keys)) and torch.equal(targets, labels)
+
+
+def test_images_grow_with_the_epoch() -> None:
+    config = AugmentConfig(progressive_size=128, progressive_epochs=60)
+    sizes = [progressive_width(config, epoch, 224) for epoch in range(100)]
+    assert sizes == [128] * 20 + [160] * 20 + [192] * 20 + [224] * 40
+    images, labels, keys = images_of(4, 30, 20), torch.tensor([0, 1, 2, 3]), keys_of(4)
+    config = AugmentConfig(flip=True, progressive_size=10, progressive_epochs=2, progressive_step=5)
+    growing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, steps_per_epoch=3)
+    for step, size in ((0, (15, 10)), (2, (15, 10)), (3, (22, 15)), (6, (30, 20)), (99, (30, 20))):
+        output, _ = growing.train_batch(images, labels, keys, (0, step, 0))
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        wanted = TF.resize(growing.train(images, keys), list(size), antialias=True)
+        torch.testing.assert_close(output, wanted, rtol=0, atol=1e-9)
+    assert growing.evaluate(images).shape[2:] == (30, 20)
+
+
+def test_a_flip_in_evaluation_averages_probabilities() -> None:
+    images = images_of(6)
+    weights = torch.randn(3 * 20 * 16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 20 * 16, 5, bias=False, dtype=torch.float64))
+    model[1].weight.data = weights.T.contiguous()
+    plain, flipped = (unscaled(tta=name).logits(model, images) for name in ("none", "flip"))
+    assert torch.equal(plain, model(planes(images))) or torch.allclose(plain, model(planes(images)))
+    mirrored = model(planes(images.flip(2))).softmax(1)
+    torch.testing.assert_close(flipped.softmax(1), (plain.softmax(1) + mirrored) / 2)
+    assert not torch.allclose(flipped.softmax(1), plain.softmax(1), atol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"grayscale": 0.1}, {"jitter": (0, 0, 0.2)}, {"jitter": (0, 0, 0, 0.1)}])

@@ -58,6 +58,12 @@ def configured(**settings: Any) -> Config:
         ({"augment__mix_prob": 1.1}, ["--augment.mix_prob=1.1", "[0, 1]"]),
         ({"augment__mix_switch_prob": -0.1}, ["--augment.mix_switch_prob=-0.1", "[0, 1]"]),
         ({"augment__erasing_count": 0}, ["--augment.erasing_count=0", "at least 1"]),
+        ({"augment__progressive_size": 0, "augment__progressive_epochs": 1}, ["--augment.progressive_size=0"]),
+        ({"augment__progressive_size": 16}, ["--augment.progressive_size", "--augment.progressive_epochs"]),
+        (
+            {"augment__progressive_size": 16, "augment__progressive_epochs": 11},
+            ["--augment.progressive_epochs=11", "--train.epochs=10"],
+        ),
         ({"augment__mix_off_epoch": 0}, ["--augment.mix_off_epoch=0", "at least 1"]),
         ({"train__bce_target_threshold": 1.0}, ["--train.bce_target_threshold=1.0", "[0, 1)"]),
         ({"augment__policy_ops": 0}, ["--augment.policy_ops=0", "at least 1"]),
@@ -185,7 +191,7 @@ CHANGES = {
     "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
     "augment.mix_prob": 0.5, "augment.mix_off_epoch": 3, "train.bce_target_threshold": 0.2,
-    "augment.policy_magnitude": 5.0,
+    "augment.policy_magnitude": 5.0, "augment.progressive_size": 16, "augment.progressive_epochs": 4,
     "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
     "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
     "optim.clip_norm": 1.0, "train.micro_batch_size": 16, "train.max_steps": 5,
@@ -195,6 +201,8 @@ CHANGES = {
 }  # fmt: skip
 # A setting that is valid only beside another is changed from a Config that already has the other.
 COMPANIONS = {
+    "augment.progressive_size": {"augment__progressive_size": 8, "augment__progressive_epochs": 4},
+    "augment.progressive_epochs": {"augment__progressive_size": 8, "augment__progressive_epochs": 3},
     "optim.momentum": {"optim__name": "sgd"},
     "optim.nesterov": {"optim__name": "sgd", "optim__momentum": 0.9},
     "augment.mean": {"augment__mean": (0.5,), "augment__std": (0.5,)},

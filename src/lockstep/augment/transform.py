@@ -5,13 +5,15 @@ samples' keys by a stream of its own (see randomness.py): the same sample gets t
 and restart, and switching one transform on leaves the draws of the others alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lockstep.augment import colour, geometry
 from lockstep.augment.mix import mix, mixes
@@ -84,11 +86,36 @@ class Transform:
 
         `seed` is (seed, step, microbatch); what depends on the epoch follows from the step.
         """
-        pixels, epoch = self.train(images, keys), seed[1] // self.steps_per_epoch
+        epoch = seed[1] // self.steps_per_epoch
+        pixels = self._sized(self.train(images, keys), epoch)
         off_epoch = self.config.mix_off_epoch
         if not mixes(self.config) or (off_epoch is not None and epoch >= off_epoch):
             return pixels, labels
         return mix(pixels, labels, self.config, self.num_classes, seed)
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What `model` makes of uint8 images in evaluation, (B, classes).
+
+        With augment.tta=flip: logarithms of the mean of its probabilities for the images and for their mirror images.
+        """
+        pixels = self.evaluate(images)
+        if self.config.tta == "none":
+            return model(pixels)
+        plain, mirrored = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+            for logits in (model(pixels), model(pixels.flip(3)))
+        )
+        return torch.logaddexp(plain, mirrored) - math.log(2)
+
+    def _sized(self, pixels: Tensor, epoch: int) -> Tensor:
+        """The batch in the size of this epoch of progressive resizing."""
+        height, width = pixels.shape[2:]
+        size = progressive_width(self.config, epoch, width)
+        if size == width:
+            return pixels
+        target = (round(height * size / width), size)
+        smaller = F.interpolate(pixels, target, mode="bilinear", antialias=True)
+        return smaller.contiguous(memory_format=torch.channels_last)
 
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augment with the randomness of `keys`, int64 (B,), then normalise."""
@@ -121,6 +148,17 @@ class Transform:
         for warp in self._wanted("warp"):
             matrices = warp.apply(keys, self.config, aspect) @ matrices
         return matrices
+
+
+def progressive_width(config: AugmentConfig, epoch: int, width: int) -> int:
+    """The width of training images in an epoch, counted from 0: linear from `progressive_size` to the full one.
+
+    In steps of `progressive_step` pixels; full from epoch `progressive_epochs` on.
+    """
+    start, epochs = config.progressive_size, config.progressive_epochs
+    if start is None or epochs is None or epoch >= epochs:
+        return width
+    return start + (width - start) * epoch // epochs // config.progressive_step * config.progressive_step
 
 
 @cache  # a step does not wait for a GPU to have them

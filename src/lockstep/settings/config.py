@@ -174,6 +174,14 @@ class AugmentConfig(_Section):
     """With mixup and cutmix: probability of cutmix"""
     mix_off_epoch: int | None = None
     """Mix no longer from the end of this many epochs on; default: to the end"""
+    progressive_size: int | None = None
+    """Width of training images in the first epoch, from which it grows to the full one; default: always full"""
+    progressive_epochs: int | None = None
+    """Epochs until training images have their full size"""
+    progressive_step: int = 32
+    """Pixels by which the width of training images grows at a time"""
+    tta: Literal["none", "flip"] = "none"
+    """flip: evaluation takes the mean of the probabilities of each image and its mirror image"""
     mean: tuple[float, ...] | None = None
     """Per-channel mean for images in [0, 1]; default: measured on the training set (ImageNet's when it streams)"""
     std: tuple[float, ...] | None = None
@@ -193,6 +201,13 @@ class AugmentConfig(_Section):
         off = self.mix_off_epoch
         _require(off is None or off >= 1, f"--augment.mix_off_epoch={off} must be at least 1")
         self._refuse_policy_contradictions()
+        for name in ("progressive_size", "progressive_epochs", "progressive_step"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--augment.{name}={value} must be at least 1")
+        _require(
+            (self.progressive_size is None) == (self.progressive_epochs is None),
+            "--augment.progressive_size and --augment.progressive_epochs belong together: set both or neither",
+        )
         _require(0 < self.eval_crop <= 1, f"--augment.eval_crop={self.eval_crop} must lie in (0, 1]")
         _require(self.image_size is None or self.image_size > 0, f"--augment.image_size={self.image_size} must be > 0")
         _require(len(self.jitter) <= 4, "--augment.jitter takes at most brightness, contrast, saturation and hue")
@@ -518,6 +533,11 @@ class Config:
         _require(
             self.schedule.min_lr <= self.optim.lr,
             f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}",
+        )
+        _require(
+            (self.augment.progressive_epochs or 0) <= self.train.epochs,
+            f"--augment.progressive_epochs={self.augment.progressive_epochs} is more than "
+            f"--train.epochs={self.train.epochs}: images would never have their full size",
         )
         _require(
             not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),

@@ -17,7 +17,7 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import prepare, shard
-from lockstep.models.network import build_network, find_network
+from lockstep.models.network import build_network, find_network, require_smaller_images
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.settings.config import Config
 from lockstep.settings.registry import choose, look_up
@@ -58,7 +58,8 @@ class Learner:
 
     def rehearse(self, batch: Batch) -> Tensor:
         """One microbatch forward and backward, as in training; returns its mean loss, on the device."""
-        images, targets = self.transform.train_batch(*batch, (0, 0, 0))
+        last_epoch = (self.config.train.epochs - 1) * self.transform.steps_per_epoch  # when images have their full size
+        images, targets = self.transform.train_batch(*batch, (0, last_epoch, 0))
         seed_microbatch(0, 0, 0)
         losses = self.loss_of(self.network.train()(images), targets)
         self.accelerator.backward(total(losses) / len(losses))
@@ -74,6 +75,7 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
     check_names(config)
     seed_run(config.run.seed)
     model = build_network(config, data, launch.device, resumes=resumes, say=launch.say)
+    require_smaller_images(model, config, data.image_shape)
     shard(model, launch, compress_gradients=config.runtime.compress_gradients)
     average = build_average(config.train, model)
     bare_optimizer = build_optimizer(config.optim, model, may_fuse=not launch.fsdp)
