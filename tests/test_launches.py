@@ -5,6 +5,7 @@ metrics.jsonl but speeds. The learning rate is one at which training amplifies a
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from launches import NETWORKS, PROOF, train_on
-from programs import ROOT, finish, launch, start, wait_for_step
+from launches import AUGMENTED, NETWORKS, PROOF, train_on
+from programs import ROOT, finish, launch, launch_command, start, wait_for_step
 from runs import differences
 
 from lockstep.commands.compare import relative_differences
@@ -70,6 +71,23 @@ def test_accelerate_launch_starts_the_same_training(processes: int, server: Fork
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "proof"
     assert read_starts(run)[0]["processes"] == processes and differences(run, alone) == []
+
+
+@pytest.mark.slow
+def test_policies_mixing_and_growing_images_are_one_training(server: ForkServer, tmp_path: Path) -> None:
+    """On any number of processes, and killed in one epoch to go on through the next on fewer."""
+    settings = (*NETWORKS["fashion_cnn"], *AUGMENTED)
+    alone = train_on(server, 1, tmp_path, *settings)
+    assert differences(train_on(server, 3, tmp_path, *settings), alone) == []
+    place, run = tmp_path / "killed", tmp_path / "killed" / "runs" / "proof"
+    place.mkdir()
+    settings = (*PROOF, *settings, "--run.name=proof", f"--data.cache_dir={tmp_path / 'cache'}")
+    process = start([*launch_command(3, "train.py"), *settings], place)
+    wait_for_step(run, 7, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process, 30)
+    server.run(2, place, *settings)
+    assert [entry["processes"] for entry in read_starts(run)] == [3, 2] and differences(run, alone) == []
 
 
 @pytest.mark.slow
