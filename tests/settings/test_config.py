@@ -216,7 +216,7 @@ SHAPELESS = {
     "runtime.stuck_seconds",
     "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "log.every_steps", "log.wandb", "log.project", "log.tensorboard", "log.histogram_every_steps", "log.figures",
-    "log.artifacts", "log.trackers",
+    "log.artifacts", "log.trackers", "log.all_nodes",
 }  # fmt: skip
 
 
