@@ -98,7 +98,7 @@ def test_low_precision_logits_get_a_float32_loss(config: TrainConfig, soft: bool
 
 
 @pytest.mark.parametrize("sum_classes", [False, True])
-@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("threshold", [None, 0.2, 0.26])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_bce_is_timms(smoothing: float, threshold: float | None, sum_classes: bool) -> None:
     logits, targets = batch()
