@@ -32,6 +32,25 @@ PROOF = (
     "--log.tensorboard=false",
     "--log.figures=false",
 )
+AUGMENTED = (
+    "--train.max_steps=16",
+    "--train.loss=bce",
+    "--train.label_smoothing=0.1",
+    "--train.bce_target_threshold=0.2",
+    "--augment.policy=randaugment",
+    "--augment.policy_space=timm_inc",
+    "--augment.policy_magnitude=7",
+    "--augment.policy_magnitude_std=0.5",
+    "--augment.mix_mode=elem",
+    "--augment.mix_prob=0.8",
+    "--augment.mix_off_epoch=1",
+    "--augment.erasing_mode=pixel",
+    "--augment.erasing_count=2",
+    "--augment.progressive_size=6",
+    "--augment.progressive_epochs=1",
+    "--augment.tta=flip",
+)
+"""Policy, mixing by the image, several erased rectangles; after an epoch images are larger and mix no more"""
 NETWORKS = {
     "fashion_cnn": ("--model.name=fashion_cnn", "--model.dropout=0.3"),
     "resnet": ("--model.name=timm/test_resnet", "--model.drop_path=0.2", "--model.dropout=0.2"),

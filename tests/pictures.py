@@ -19,6 +19,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "zoom": {"zoom": 0.3},
     "shear": {"shear": 20.0},
     "perspective": {"perspective": 0.4},
+    "policy": {"policy": "randaugment"},
     "brightness": {"jitter": (0.4,)},
     "contrast": {"jitter": (0.0, 0.4)},
     "saturation": {"jitter": (0.0, 0.0, 0.9)},

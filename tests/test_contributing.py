@@ -16,6 +16,7 @@ from programs import QUICK, ROOT, read_lines
 from torch import Tensor, nn
 
 from lockstep.__main__ import main
+from lockstep.augment.policy import Record as PolicyRecord
 from lockstep.augment.transform import Record as TransformRecord
 from lockstep.data.sources.source import RowName, Source, Split
 from lockstep.errors import UserError
@@ -47,7 +48,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 
 
 def test_the_table_was_read() -> None:
-    kinds = {"network", "optimizer", "schedule", "loss", "transform", "metric", "data source", "command"}
+    kinds = {"network", "optimizer", "schedule", "loss", "transform", "policy", "metric", "data source", "command"}
     assert set(ROWS) == kinds
 
 
@@ -99,6 +100,18 @@ def test_a_transform(add: Callable[[str, Any], None], train_here: Train) -> None
     add("transform", TransformRecord("colour", darken, ("noise",)))
     short(train_here, "--augment.noise=0.1")
     assert seen[0][0][0] == seen[0][1][0] == 64 and 0 < seen[0][2] <= 255 * 2
+
+
+def test_a_policy(add: Callable[[str, Any], None], train_here: Train) -> None:
+    seen = []
+
+    def invert(images: Tensor, keys: Tensor, config: Any) -> Tensor:
+        seen.append((images.dtype, images.shape[:2], keys.shape))
+        return 255 - images
+
+    add("policy", PolicyRecord(invert, frozenset({"policy_ops"})))
+    short(train_here, "--augment.policy=mine", "--augment.policy_ops=3")
+    assert seen[0] == (torch.uint8, (64, 1), (64,))
 
 
 def test_a_metric(add: Callable[[str, Any], None], train_here: Train) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import ForkServer
-from launches import FINE_TUNING, NETWORKS, PROOF, train_on
+from launches import AUGMENTED, FINE_TUNING, NETWORKS, PROOF, train_on
 from programs import ROOT, finish, launch, launch_command, start, wait_for_step
 from runs import differences
 
@@ -75,10 +75,10 @@ def test_accelerate_launch_starts_the_same_training(processes: int, server: Fork
 
 
 @pytest.mark.slow
-def test_the_settings_of_fine_tuning_keep_the_promise_on_3_processes_and_through_a_kill(
+def test_the_settings_of_recipes_keep_the_promise_on_3_processes_and_through_a_kill(
     server: ForkServer, tmp_path: Path
 ) -> None:
-    settings = (*NETWORKS["resnet"], *FINE_TUNING)
+    settings = (*NETWORKS["resnet"], *FINE_TUNING, *AUGMENTED)
     alone = train_on(server, 1, tmp_path, *settings)
     assert differences(train_on(server, 3, tmp_path, *settings), alone) == []
     weights = [load_weights(alone / "checkpoints" / f"step_000000{step}/model.safetensors") for step in ("10", "12")]

@@ -42,6 +42,8 @@ ORDER = [
     "launch.sharding",
     "augment.geometry",
     "augment.colour",
+    "augment.operations",
+    "augment.policy",
     "augment.mix",
     "augment.transform",
     "data.split",

@@ -9,6 +9,7 @@ It is integer arithmetic modulo 2**64 and so gives the same bits on every device
 """
 
 import hashlib
+import math
 from functools import cache
 
 import numpy as np
@@ -79,6 +80,11 @@ def draw(keys: Tensor, stream: str, count: int) -> Tensor:
     Streams of different names are unrelated: a name gives the keys another beginning each.
     """
     return uniforms(mix_tensor(keys ^ _stream_seed(stream)), count)
+
+
+def normals(first: Tensor, second: Tensor) -> Tensor:
+    """Standard normal numbers from as many pairs of numbers in [0, 1), by Box and Muller (1958)."""
+    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)
 
 
 @cache

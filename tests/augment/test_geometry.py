@@ -1,5 +1,6 @@
 """Windows, mirrors, warps and erased rectangles, against torchvision and formulas."""
 
+import random
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_erased_rectangles_are_distributed_as_torchvisions(height: int, width: i
     erased = erase(torch.ones(count, 1, height, width), keys_of(count), AugmentConfig(erasing=1.0))[:, 0] == 0
     rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
     torch.manual_seed(0)
-    boxes = [RandomErasing.get_params(image, (0.02, 0.4), (0.3, 1 / 0.3), [0.0]) for _ in range(count)]
+    boxes = [RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0]) for _ in range(count)]
     their_rows, their_columns = (torch.tensor([box[side] for box in boxes]) for side in (2, 3))
     assert (rows > 0).double().mean() > 0.99
     quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
@@ -194,4 +195,32 @@ def test_erasing_paints_a_rectangle_of_the_promised_size_in_the_mean_colour() ->
         areas.append(height * width / size**2)
         if max(height, width) < size:
             assert 0.3 * 0.8 < width / height < 1 / 0.3 / 0.8
-    assert 0.02 * 0.8 < min(areas) < 0.06 and 0.36 < max(areas) < 0.4 * 1.05
+    assert 0.02 * 0.8 < min(areas) < 0.06 and 0.3 < max(areas) < 1 / 3 * 1.05
+
+
+@pytest.mark.parametrize("mode", ["rand", "pixel"])
+def test_erased_rectangles_are_painted_with_normal_colours(mode: Any) -> None:
+    blank = torch.full((400, 3, 24, 24), 9.0, dtype=torch.float64)
+    painted = erase(blank.clone(), keys_of(400), AugmentConfig(erasing=1.0, erasing_mode=mode))
+    const = erase(blank.clone(), keys_of(400), AugmentConfig(erasing=1.0))
+    assert torch.equal(painted != 9, const != 9), "the mode moves the rectangles"
+    colours = painted[painted != 9] if mode == "pixel" else torch.stack([image[image != 9][:1] for image in painted])
+    assert abs(colours.mean()) < 0.15 and abs(colours.std() - 1) < 0.1
+    for image in painted[:20]:
+        different = image[0][image[0] != 9].unique().numel()
+        assert different == (1 if mode == "rand" else (image[0] != 9).sum())
+        assert image.permute(1, 2, 0)[image[0] != 9][0].unique().numel() == 3, "channels share a number"
+
+
+def test_several_erased_rectangles_share_the_area_as_timms() -> None:
+    from timm.data.random_erasing import RandomErasing as TimmErasing
+
+    count, size = 1500, 48
+    mine = erase(torch.ones(count, 1, size, size), keys_of(count), AugmentConfig(erasing=1.0, erasing_count=3)) == 0
+    random.seed(0)
+    timms = TimmErasing(1.0, max_count=3, device="cpu")(torch.ones(count, 1, size, size)) == 0
+    quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    own, theirs = (mask.double().mean((1, 2, 3)).quantile(quantiles) for mask in (mine, timms))
+    torch.testing.assert_close(own, theirs, rtol=0, atol=0.015)
+    spread = [mask.any(2).double().mean((1, 2)).quantile(quantiles) for mask in (mine, timms)]  # rows that are touched
+    torch.testing.assert_close(spread[0], spread[1], rtol=0, atol=0.05)

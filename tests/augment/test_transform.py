@@ -9,9 +9,9 @@ from pictures import COLOURS, EVERYTHING, SINGLE, images_of, keys_of, planes, un
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lockstep.augment import colour, geometry
+from lockstep.augment import colour, geometry, policy
 from lockstep.augment.mix import mix
-from lockstep.augment.transform import TRANSFORMS, Transform, build_transform
+from lockstep.augment.transform import TRANSFORMS, Transform, build_transform, progressive_width
 from lockstep.randomness import draw
 from lockstep.settings.config import AugmentConfig, Config, RuntimeConfig
 
@@ -73,7 +73,7 @@ def test_a_transform_draws_from_the_stream_of_its_name(name: str, monkeypatch: p
         drawn.add(stream)
         return draw(keys, stream, count)
 
-    for module in (geometry, colour):
+    for module in (geometry, colour, policy):
         monkeypatch.setattr(module, "draw", recording)
     wanted = {setting: EVERYTHING[setting] for setting in TRANSFORMS[name].settings}
     unscaled(**wanted).train(images_of(), keys_of())
@@ -104,6 +104,44 @@ def test_a_training_batch_is_augmented_and_then_mixed() -> None:
         assert torch.equal(got, wanted) and got.shape[0] == 4
 
 
+def test_mixing_ends_with_its_epoch() -> None:
+    images, labels, keys = images_of(4), torch.tensor([0, 1, 2, 3]), keys_of(4)
+    config = AugmentConfig(mixup=1.0, mix_off_epoch=2)
+    mixing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, num_classes=5, steps_per_epoch=10)
+    for step in (0, 19):
+        assert mixing.train_batch(images, labels, keys, (0, step, 0))[1].is_floating_point()
+    for step in (20, 55):
+        output, targets = mixing.train_batch(images, labels, keys, (0, step, 0))
+        assert torch.equal(output, mixing.train(images, keys)) and torch.equal(targets, labels)
+
+
+def test_images_grow_with_the_epoch() -> None:
+    config = AugmentConfig(progressive_size=128, progressive_epochs=60)
+    sizes = [progressive_width(config, epoch, 224) for epoch in range(100)]
+    assert sizes == [128] * 20 + [160] * 20 + [192] * 20 + [224] * 40
+    images, labels, keys = images_of(4, 30, 20), torch.tensor([0, 1, 2, 3]), keys_of(4)
+    config = AugmentConfig(flip=True, progressive_size=10, progressive_epochs=2, progressive_step=5)
+    growing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, steps_per_epoch=3)
+    for step, size in ((0, (15, 10)), (2, (15, 10)), (3, (22, 15)), (6, (30, 20)), (99, (30, 20))):
+        output, _ = growing.train_batch(images, labels, keys, (0, step, 0))
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        wanted = TF.resize(growing.train(images, keys), list(size), antialias=True)
+        torch.testing.assert_close(output, wanted, rtol=0, atol=1e-9)
+    assert growing.evaluate(images).shape[2:] == (30, 20)
+
+
+def test_a_flip_in_evaluation_averages_probabilities() -> None:
+    images = images_of(6)
+    weights = torch.randn(3 * 20 * 16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 20 * 16, 5, bias=False, dtype=torch.float64))
+    model[1].weight.data = weights.T.contiguous()
+    plain, flipped = (unscaled(tta=name).logits(model, images) for name in ("none", "flip"))
+    assert torch.equal(plain, model(planes(images))) or torch.allclose(plain, model(planes(images)))
+    mirrored = model(planes(images.flip(2))).softmax(1)
+    torch.testing.assert_close(flipped.softmax(1), (plain.softmax(1) + mirrored) / 2)
+    assert not torch.allclose(flipped.softmax(1), plain.softmax(1), atol=1e-3)
+
+
 @pytest.mark.parametrize("changes", [{"grayscale": 0.1}, {"jitter": (0, 0, 0.2)}, {"jitter": (0, 0, 0, 0.1)}])
 def test_colour_settings_are_refused_for_grey_images(changes: dict[str, Any]) -> None:
     config = Config(augment=AugmentConfig(**changes))
@@ -132,7 +170,7 @@ def test_where_a_device_has_no_float64_none_is_asked_for(monkeypatch: pytest.Mon
                     assert tensor.numel() <= 3, f"{function} made float64 {tuple(tensor.shape)}"
             return result
 
-    for place in ("randomness", "augment.geometry", "augment.transform"):
+    for place in ("randomness", "augment.geometry", "augment.operations", "augment.transform"):
         monkeypatch.setattr(f"lockstep.{place}.real_type", lambda device: torch.float32)
     transform = Transform(AugmentConfig(**EVERYTHING), (0.5,) * 3, (0.2,) * 3, torch.float32)
     images, keys = images_of(), keys_of()

@@ -1,5 +1,6 @@
 """Networks by name: parameters, gradients, settings that mean something to them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from networks import COLOUR, GREY, build, of_type, refusal
 
-from lockstep.models.network import NETWORKS, build_model
+from lockstep.errors import UserError
+from lockstep.models.network import NETWORKS, build_model, require_smaller_images
 from lockstep.models.summary import count_parameters
+from lockstep.settings.cli import parse_config
 from lockstep.settings.config import ModelConfig
 
 
@@ -103,3 +106,19 @@ def test_unknown_names_list_the_nearest() -> None:
     for foreign in ("timm/hf-hub:timm/resnet18.a1_in1k", "timm/local-dir:/tmp"):
         assert "is unknown" in refusal(foreign)
         assert all(name in refusal(foreign) for name in NETWORKS)
+
+
+def test_networks_that_cannot_take_smaller_images_are_told() -> None:
+    config = parse_config(["--augment.progressive_size=16", "--augment.progressive_epochs=3"])
+    for name in ("timm/test_resnet", "resnet_basic"):
+        sized = replace(config, model=ModelConfig(name=name))
+        model = build(name, COLOUR).train()
+        require_smaller_images(model, sized, COLOUR)
+        assert model.training
+    for name in ("mlp", "vgg_small", "cifar10_cnn"):
+        sized = replace(config, model=ModelConfig(name=name))
+        with pytest.raises(UserError, match=f"--augment.progressive_size=16: {name} cannot take images of 16x16"):
+            require_smaller_images(build(name, COLOUR), sized, COLOUR)
+    large = replace(config, augment=replace(config.augment, progressive_size=64))
+    with pytest.raises(UserError, match="--augment.progressive_size=64 is above the full size, 32"):
+        require_smaller_images(build("resnet_basic", COLOUR), large, COLOUR)

@@ -65,3 +65,11 @@ def test_streamed_crops_are_those_of_training(tmp_path: Path) -> None:
     crop, _ = read_sample(data.train, 0, key, 0.2)
     plain = build_transform(config, data.mean, data.std, data.num_classes, precropped=True).train(crop[None], key[None])
     assert plain.shape == (1, 3, 16, 16) and np.array_equal(samples[0][1], crop.numpy())
+
+
+def test_smaller_images_of_early_epochs_are_shown_in_full_size(evaluated: Evaluated) -> None:
+    data, _ = evaluated
+    config = Config(augment=AugmentConfig(progressive_size=4, progressive_epochs=1))
+    (original, first, second, *_) = augmented_samples(config, data)[0]
+    assert first.shape == original.shape and np.array_equal(second, original)
+    assert np.array_equal(first[::2], first[1::2]) and not np.array_equal(first, original)

@@ -76,6 +76,28 @@ def configured(**settings: Any) -> Config:
             {"train__class_weights": "balanced", "data__sampling": "balanced"},
             ["--data.sampling=balanced", "--train.class_weights=balanced"],
         ),
+        ({"augment__mix_prob": 1.1}, ["--augment.mix_prob=1.1", "[0, 1]"]),
+        ({"augment__mix_switch_prob": -0.1}, ["--augment.mix_switch_prob=-0.1", "[0, 1]"]),
+        ({"augment__erasing_count": 0}, ["--augment.erasing_count=0", "at least 1"]),
+        ({"augment__progressive_size": 0, "augment__progressive_epochs": 1}, ["--augment.progressive_size=0"]),
+        ({"augment__progressive_size": 16}, ["--augment.progressive_size", "--augment.progressive_epochs"]),
+        (
+            {"augment__progressive_size": 16, "augment__progressive_epochs": 11},
+            ["--augment.progressive_epochs=11", "--train.epochs=10"],
+        ),
+        ({"augment__mix_off_epoch": 0}, ["--augment.mix_off_epoch=0", "at least 1"]),
+        ({"train__bce_target_threshold": 1.0}, ["--train.bce_target_threshold=1.0", "[0, 1)"]),
+        ({"augment__policy_ops": 0}, ["--augment.policy_ops=0", "at least 1"]),
+        ({"augment__policy_magnitude_std": -1.0}, ["--augment.policy_magnitude_std=-1.0"]),
+        ({"augment__policy_magnitude": 31.0}, ["--augment.policy_magnitude=31.0", "[0, 30]"]),
+        (
+            {"augment__policy_magnitude": 11.0, "augment__policy_space": "timm"},
+            ["--augment.policy_magnitude=11.0", "[0, 10]", "--augment.policy_space=timm"],
+        ),
+        (
+            {"augment__policy": "augmix", "augment__policy_magnitude": 2.5},
+            ["--augment.policy_magnitude=2.5", "1 to 10"],
+        ),
         ({"augment__mean": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__std": (0.5,)}, ["--augment.mean", "--augment.std"]),
         ({"augment__mean": (0.5,), "augment__std": (0.0,)}, ["--augment.std=(0.0,)"]),
@@ -189,6 +211,8 @@ def other_value(value: Any, annotation: Any) -> Any:
 CHANGES = {
     "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
+    "augment.mix_prob": 0.5, "augment.mix_off_epoch": 3, "train.bce_target_threshold": 0.2,
+    "augment.policy_magnitude": 5.0, "augment.progressive_size": 16, "augment.progressive_epochs": 4,
     "augment.translate": 0.1, "augment.zoom": 0.1, "augment.perspective": 0.1, "augment.eval_crop": 0.9,
     "run.from_run": "x",
     "model.dropout": 0.1, "model.drop_path": 0.1, "model.width": 8, "model.checkpoint": "x", "optim.momentum": 0.9,
@@ -201,6 +225,8 @@ CHANGES = {
 }  # fmt: skip
 # A setting that is valid only beside another is changed from a Config that already has the other.
 COMPANIONS = {
+    "augment.progressive_size": {"augment__progressive_size": 8, "augment__progressive_epochs": 4},
+    "augment.progressive_epochs": {"augment__progressive_size": 8, "augment__progressive_epochs": 3},
     "optim.momentum": {"optim__name": "sgd"},
     "optim.nesterov": {"optim__name": "sgd", "optim__momentum": 0.9},
     "augment.mean": {"augment__mean": (0.5,), "augment__std": (0.5,)},

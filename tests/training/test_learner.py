@@ -54,6 +54,7 @@ def test_a_rehearsal_leaves_gradients_and_nothing_else(tmp_path: Path, fresh_acc
         ("optim.name=adamm", "adam"),
         ("train.loss=cross_entrop", "cross_entropy"),
         ("schedule.name=cosin", "cosine"),
+        ("augment.policy=randaug", "randaugment"),
     ],
 )
 def test_a_misspelt_name_is_answered_before_data_are_read(setting: str, nearest: str) -> None:

@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
 from lockstep.errors import UserError
 from lockstep.settings.config import Config, DataConfig, TrainConfig
 from lockstep.training.loss import build_loss, total, weights_of_classes
 
+BCE = [TrainConfig(loss="bce"), TrainConfig(loss="bce", label_smoothing=0.1, bce_target_threshold=0.2, bce_sum=True)]
 CONFIGS = [TrainConfig(), TrainConfig(label_smoothing=0.1), TrainConfig(loss="nll")]
 
 
@@ -70,7 +73,7 @@ def test_label_smoothing_matches_its_formula() -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS + BCE)
 def test_ignored_samples_have_no_loss_and_no_gradient(config: TrainConfig, soft: bool) -> None:
     loss = build_loss(config)
     logits, targets = batch()
@@ -87,7 +90,7 @@ def test_ignored_samples_have_no_loss_and_no_gradient(config: TrainConfig, soft:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS + BCE)
 def test_low_precision_logits_get_a_float32_loss(config: TrainConfig, soft: bool) -> None:
     logits, targets = batch(torch.bfloat16)
     if soft:
@@ -142,9 +145,26 @@ def test_weights_of_classes_have_a_mean_of_1_over_what_is_drawn() -> None:
         weights_of_classes(Config(train=TrainConfig(class_weights=(0.0, 0.0, 0.0, 1.0))), labels, 4)
 
 
+@pytest.mark.parametrize("sum_classes", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.2, 0.26])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_bce_is_timms(smoothing: float, threshold: float | None, sum_classes: bool) -> None:
+    logits, targets = batch()
+    loss = build_loss(
+        TrainConfig(loss="bce", label_smoothing=smoothing, bce_target_threshold=threshold, bce_sum=sum_classes)
+    )
+    theirs = BinaryCrossEntropy(smoothing, threshold, sum_classes=sum_classes)
+    torch.testing.assert_close(loss(logits, targets).mean(), theirs(logits, targets), rtol=1e-12, atol=0)
+    # timm's Mixup smooths soft targets itself.
+    shares = mixup_target(targets, 5, 0.75).double()
+    smoothed = mixup_target(targets, 5, 0.75, smoothing).double()
+    torch.testing.assert_close(loss(logits, shares).mean(), theirs(logits, smoothed), rtol=1e-6, atol=0)
+
+
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"--train.loss=crossentropy is not one of cross_entropy, nll\. Did you mean cross_entropy\?"
+        ValueError,
+        match=r"--train.loss=crossentropy is not one of cross_entropy, bce, nll\. Did you mean cross_entropy\?",
     ):
         build_loss(TrainConfig(loss="crossentropy"))
 

@@ -1,13 +1,10 @@
 """What pixels look like: jitter, grayscale, blur and noise on floats (B, C, H, W) in [0, 255]."""
 
-import math
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.randomness import draw
+from lockstep.randomness import draw, normals
 from lockstep.settings.config import AugmentConfig
 
 _BLUR_RADIUS_PIXELS = 4
@@ -40,52 +37,49 @@ def grayscale(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
 
 def blur(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     """Gaussian blur of some images with each one's own sigma in [0.1, 2] pixels, separable, edges repeated."""
-    batch, channels, height, width = pixels.shape
     draws = draw(keys, "blur", 2)
-    sigma = (0.1 + 1.9 * draws[:, 1]).to(pixels.dtype).view(-1, 1)
+    blurred = gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 1]).to(pixels.dtype).view(-1, 1))
+    return torch.where((draws[:, 0] < config.blur).view(-1, 1, 1, 1), blurred, pixels)
+
+
+def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image of floats (B, C, H, W) with its own sigma (B, 1), in pixels up to 2; edges are repeated."""
+    batch, channels, height, width = pixels.shape
     offsets = torch.arange(-_BLUR_RADIUS_PIXELS, _BLUR_RADIUS_PIXELS + 1, dtype=pixels.dtype, device=pixels.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
     flat = F.pad(pixels.reshape(1, batch * channels, height, width), (_BLUR_RADIUS_PIXELS,) * 4, mode="replicate")
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=batch * channels)
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=batch * channels)
-    chosen = (draws[:, 0] < config.blur).view(-1, 1, 1, 1)
-    return torch.where(chosen, flat.view_as(pixels), pixels)
+    return flat.view(pixels.shape)
 
 
 def noise(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     """Add Gaussian noise."""
-    return pixels + 255 * config.noise * _normals(keys, pixels[0]).to(pixels.dtype)
-
-
-def _normals(keys: Tensor, like: Tensor) -> Tensor:
-    """Standard normal numbers (B, C, H, W) by Box and Muller (1958)."""
-    draws = draw(keys, "noise", 2 * like.numel())
-    radius = torch.sqrt(-2 * torch.log1p(-draws[:, : like.numel()]))
-    return (radius * torch.cos(2 * math.pi * draws[:, like.numel() :])).view(-1, *like.shape)
+    count = pixels[0].numel()
+    draws = draw(keys, "noise", 2 * count)
+    return pixels + 255 * config.noise * normals(draws[:, :count], draws[:, count:]).view(pixels.shape).to(pixels.dtype)
 
 
 def luma(pixels: Tensor) -> Tensor:
     """Brightness (B, 1, H, W) by ITU-R 601, as PIL and torchvision take it."""
     if pixels.shape[1] == 1:
         return pixels
-    to_yiq, _ = _yiq(pixels.dtype, pixels.device)
-    return (pixels * to_yiq[0].view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = pixels.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the colour plane of YIQ by a share of a full turn, (B,): a linear stand-in for the hue of HSV."""
-    to_yiq, from_yiq = _yiq(turns.dtype, pixels.device)
-    angle = 2 * math.pi * turns
-    rotation = torch.eye(3, dtype=turns.dtype, device=pixels.device).repeat(len(turns), 1, 1)
-    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    matrices = (from_yiq @ rotation @ to_yiq).to(pixels.dtype)
-    return torch.einsum("bij,bjhw->bihw", matrices, pixels)
-
-
-@cache  # a step does not wait for a GPU to have them, nor to say whether the inverse is one
-def _yiq(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The matrices (3, 3) from RGB to YIQ and back."""
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=dtype)
-    return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
+    """Turn the hue of HSV by a share of a full circle, (B,), in colour images (B, 3, H, W); grey stays grey."""
+    red, green, blue = pixels.unbind(1)
+    value = pixels.amax(1)
+    chroma = value - pixels.amin(1)
+    divisor = chroma.where(chroma > 0, 1)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sixths = sixths + 6 * turns.view(-1, 1, 1)
+    places = torch.stack([(start + sixths) % 6 for start in (5, 3, 1)], 1)
+    return value[:, None] - chroma[:, None] * torch.minimum(places, 4 - places).clamp(0, 1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.randomness import draw, real_type
+from lockstep.randomness import draw, normals, real_type
 from lockstep.settings.config import AugmentConfig
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -142,16 +142,40 @@ def warp(pixels: Tensor, homographies: Tensor) -> Tensor:
 
 
 def erase(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
-    """Set a rectangle to 0, the mean colour of normalised floats (B, C, H, W), in place.
+    """Paint rectangles of normalised floats (B, C, H, W), in place: 0, the mean colour, or normal random numbers.
 
-    Zhong et al. 2020, "Random erasing data augmentation": 2 to 40 % of the area, aspect in pixels from 0.3 to 1 / 0.3.
+    Zhong et al. 2020, "Random erasing data augmentation"; as in timm and torchvision 2 % to a third of the area, which
+    several rectangles share, aspect in pixels from 0.3 to 1 / 0.3.
     """
-    draws = draw(keys, "erase", 3 + 2 * _TRIES)
-    area, ratio = _spread(draws[:, 3::2], 0.02, 0.4), _spread(draws[:, 4::2], -1, 1).mul(math.log(1 / 0.3)).exp()
-    width, height, fits = _first_that_fits(area, ratio * pixels.shape[2] / pixels.shape[3])
-    box = (width / 2 + (1 - width) * draws[:, 1], height / 2 + (1 - height) * draws[:, 2], width, height)
-    chosen = ((draws[:, 0] < config.erasing) & fits).view(-1, 1, 1, 1)
-    return pixels.masked_fill_(inside(box, *pixels.shape[2:]) & chosen, 0)
+    most, block = config.erasing_count, 2 + 2 * _TRIES
+    draws = draw(keys, "erase", 1 + most * block + (most > 1))
+    counts = (draws[:, -1] * most).long() + 1 if most > 1 else torch.ones_like(keys)
+    for number in range(most):
+        box, fits = _erased_box(draws[:, 1 + number * block :][:, :block], counts, pixels.shape[3] / pixels.shape[2])
+        chosen = (draws[:, 0] < config.erasing) & fits & (number < counts)
+        mask = inside(box, *pixels.shape[2:]) & chosen.view(-1, 1, 1, 1)
+        if config.erasing_mode == "const":
+            pixels.masked_fill_(mask, 0)
+        else:
+            pixels.copy_(torch.where(mask, _paint(pixels, keys, config.erasing_mode, number), pixels))
+    return pixels
+
+
+def _erased_box(draws: Tensor, counts: Tensor, aspect: float) -> tuple[Box, Tensor]:
+    """One of `counts` (B,) rectangles, and whether there is one that fits."""
+    area = _spread(draws[:, 2::2], 0.02, 1 / 3) / counts[:, None]
+    ratio = _spread(draws[:, 3::2], -1, 1).mul(math.log(1 / 0.3)).exp()
+    width, height, fits = _first_that_fits(area, ratio / aspect)
+    return (width / 2 + (1 - width) * draws[:, 0], height / 2 + (1 - height) * draws[:, 1], width, height), fits
+
+
+def _paint(pixels: Tensor, keys: Tensor, mode: str, number: int) -> Tensor:
+    """Normal random numbers: a colour for each image, (B, C, 1, 1), or one for each pixel."""
+    batch, channels, height, width = pixels.shape
+    shape = (channels, height, width) if mode == "pixel" else (channels, 1, 1)
+    count = math.prod(shape)
+    draws = draw(keys, f"erase_paint_{number}", 2 * count)
+    return normals(draws[:, :count], draws[:, count:]).view(batch, *shape).to(pixels.dtype)
 
 
 def inside(box: Box, height: int, width: int) -> Tensor:

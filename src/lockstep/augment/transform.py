@@ -5,23 +5,26 @@ samples' keys by a stream of its own (see randomness.py): the same sample gets t
 and restart, and switching one transform on leaves the draws of the others alone.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lockstep.augment import colour, geometry
 from lockstep.augment.mix import mix, mixes
+from lockstep.augment.policy import apply_policy
 from lockstep.errors import UserError
 from lockstep.randomness import real_type
 from lockstep.settings.config import AugmentConfig, Config
 
 
 class Record(NamedTuple):
-    """One transform: when it happens, what it does, and the settings (0 or empty: off) that ask for it.
+    """One transform: when it happens, what it does, and the settings (0, empty or "none": off) that ask for it.
 
     - pixels: uint8 (B, H, W, C), keys (B,) and config to such images
     - warp: keys, config and width / height to matrices (B, 3, 3); all are joined and resampled once
@@ -43,12 +46,16 @@ TRANSFORMS = {
     "affine": Record("warp", geometry.affine, ("rotation", "translate", "zoom", "shear")),
     "perspective": Record("warp", geometry.perspective, ("perspective",)),
     "resized_crop": Record("warp", geometry.resized_crop, ("resized_crop",)),
+    "policy": Record("colour", apply_policy, ("policy",)),
     "jitter": Record("colour", colour.jitter, ("jitter",)),
     "grayscale": Record("colour", colour.grayscale, ("grayscale",), needs_colour=True),
     "blur": Record("colour", colour.blur, ("blur",)),
     "noise": Record("colour", colour.noise, ("noise",)),
     "erase": Record("normalised", geometry.erase, ("erasing",)),
 }
+
+
+_OFF = (0, (), "none")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Transform:
     """The random resized crop was done where the images were decoded"""
     num_classes: int = 0
     """Width of the soft targets that mixing makes"""
+    steps_per_epoch: int = 1
+    """Of training"""
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalise only: (x / 255 - mean) / std."""
@@ -73,9 +82,40 @@ class Transform:
     def train_batch(
         self, images: Tensor, labels: Tensor, keys: Tensor, seed: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor]:
-        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes)."""
-        pixels = self.train(images, keys)
-        return mix(pixels, labels, self.config, self.num_classes, seed) if mixes(self.config) else (pixels, labels)
+        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes).
+
+        `seed` is (seed, step, microbatch); what depends on the epoch follows from the step.
+        """
+        epoch = seed[1] // self.steps_per_epoch
+        pixels = self._sized(self.train(images, keys), epoch)
+        off_epoch = self.config.mix_off_epoch
+        if not mixes(self.config) or (off_epoch is not None and epoch >= off_epoch):
+            return pixels, labels
+        return mix(pixels, labels, self.config, self.num_classes, seed)
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What `model` makes of uint8 images in evaluation, (B, classes).
+
+        With augment.tta=flip: logarithms of the mean of its probabilities for the images and for their mirror images.
+        """
+        pixels = self.evaluate(images)
+        if self.config.tta == "none":
+            return model(pixels)
+        plain, mirrored = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+            for logits in (model(pixels), model(pixels.flip(3)))
+        )
+        return torch.logaddexp(plain, mirrored) - math.log(2)
+
+    def _sized(self, pixels: Tensor, epoch: int) -> Tensor:
+        """The batch in the size of this epoch of progressive resizing."""
+        height, width = pixels.shape[2:]
+        size = progressive_width(self.config, epoch, width)
+        if size == width:
+            return pixels
+        target = (round(height * size / width), size)
+        smaller = F.interpolate(pixels, target, mode="bilinear", antialias=True)
+        return smaller.contiguous(memory_format=torch.channels_last)
 
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augment with the randomness of `keys`, int64 (B,), then normalise."""
@@ -98,7 +138,7 @@ class Transform:
         return [
             record
             for name, record in TRANSFORMS.items()
-            if record.stage == stage and any(getattr(self.config, setting) for setting in record.settings)
+            if record.stage == stage and any(getattr(self.config, setting) not in _OFF for setting in record.settings)
             if not (name == "resized_crop" and self.precropped)
         ]
 
@@ -108,6 +148,17 @@ class Transform:
         for warp in self._wanted("warp"):
             matrices = warp.apply(keys, self.config, aspect) @ matrices
         return matrices
+
+
+def progressive_width(config: AugmentConfig, epoch: int, width: int) -> int:
+    """The width of training images in an epoch, counted from 0: linear from `progressive_size` to the full one.
+
+    In steps of `progressive_step` pixels; full from epoch `progressive_epochs` on.
+    """
+    start, epochs = config.progressive_size, config.progressive_epochs
+    if start is None or epochs is None or epoch >= epochs:
+        return width
+    return start + (width - start) * epoch // epochs // config.progressive_step * config.progressive_step
 
 
 @cache  # a step does not wait for a GPU to have them
@@ -121,7 +172,13 @@ def _scale_and_bias(
 
 
 def build_transform(
-    config: Config, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, *, precropped: bool
+    config: Config,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+    *,
+    precropped: bool,
+    steps_per_epoch: int = 1,
 ) -> Transform:
     """The transform for images with these statistics; raises UserError where a setting could have no effect."""
     augment = config.augment
@@ -135,4 +192,5 @@ def build_transform(
         ]
         if useless:
             raise UserError(f"--augment.{' and '.join(useless)} cannot change grey images: leave it out")
-    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes)
+    augment = replace(augment, mean=mean, std=std)  # some draw what is uncovered in the mean colour
+    return Transform(augment, mean, std, getattr(torch, config.runtime.dtype), precropped, num_classes, steps_per_epoch)

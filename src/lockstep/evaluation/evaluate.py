@@ -42,7 +42,7 @@ def evaluate(
     tally = _Tally(len(loader.data), loader.num_classes, accelerator, with_probabilities)
     with gathered(model):
         for samples, images, labels in loader:
-            tally.add(samples, model(transform.evaluate(images)), labels)
+            tally.add(samples, transform.logits(model, images), labels)
             if interrupted():
                 tally.rows[-1] = 1
                 break

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lockstep.augment.transform import progressive_width
 from lockstep.data.images import Data
 from lockstep.errors import UserError
 from lockstep.files import path_of
@@ -138,6 +139,28 @@ def build_network(
         # In place: the names of the weights, and so checkpoints, stay as they are. Dropout draws as without compiling.
         model.compile(options={"fallback_random": True})
     return model
+
+
+def require_smaller_images(model: nn.Module, config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Raise UserError unless the network takes images of every size of progressive resizing, by trying."""
+    channels, height, width = image_shape
+    sizes = {progressive_width(config.augment, epoch, width) for epoch in range(config.train.epochs)}
+    if max(sizes) > width:
+        raise UserError(f"--augment.progressive_size={config.augment.progressive_size} is above the full size, {width}")
+    was_training, weight = model.training, next(model.parameters())
+    model.eval()
+    for size in sorted(sizes - {width}):
+        shape = (1, channels, round(height * size / width), size)
+        try:
+            with torch.no_grad():
+                model.forward(weight.new_zeros(shape))  # not by a call, which would compile
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(
+                f"--augment.progressive_size={config.augment.progressive_size}: {config.model.name} cannot take images "
+                f"of {shape[2]}x{size}, only of {height}x{width}: take a network "
+                "that ends in global pooling"
+            ) from error
+    model.train(was_training)
 
 
 def convert_to_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lockstep.augment.transform import build_transform
 from lockstep.data.images import SKIPPED_LABEL, Data
@@ -39,5 +40,6 @@ def _as_in(epoch: int, chosen: list[int], config: Config, data: Data) -> Tensor:
     images, labels = torch.stack([image for image, _ in read]), torch.stack([label for _, label in read])
     assert not (labels == SKIPPED_LABEL).any(), "only images that can be read were chosen"
     pixels, _ = transform.train_batch(images, labels, keys, (config.run.seed, epoch, 0))
+    pixels = functional.interpolate(pixels, images.shape[1:3])  # those of smaller epochs, in blocks
     mean, std = (torch.tensor(values, dtype=pixels.dtype).view(-1, 1, 1) for values in (data.mean, data.std))
     return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

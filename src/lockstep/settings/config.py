@@ -141,6 +141,16 @@ class AugmentConfig(_Section):
     """Shear by up to this many degrees either way"""
     perspective: float = 0.0
     """Move the corners by up to this share of half the image size"""
+    policy: str = "none"
+    """none, randaugment, autoaugment, trivialaugment, augmix, three_augment: random operations on each image"""
+    policy_ops: int = 2
+    """Operations of randaugment, one after the other"""
+    policy_magnitude: float | None = None
+    """Strength of randaugment (default: 9) or severity of augmix (1 to 10; default: 3)"""
+    policy_magnitude_std: float = 0.0
+    """Standard deviation of a normal number added to the magnitude of each operation of randaugment"""
+    policy_space: Literal["torchvision", "timm", "timm_inc"] = "torchvision"
+    """randaugment's operations: torchvision's (magnitude 0 to 30), or timm's rand, or rand with inc1 (0 to 10)"""
     jitter: tuple[float, ...] = ()
     """Strengths of brightness, contrast, saturation and hue jitter, as many as wanted: [0.2, 0.2]"""
     grayscale: float = 0.0
@@ -150,11 +160,31 @@ class AugmentConfig(_Section):
     noise: float = 0.0
     """Standard deviation of added Gaussian noise, for images in [0, 1]"""
     erasing: float = 0.0
-    """Probability of erasing a rectangle (area 0.02-0.4, aspect 0.3-3.3)"""
+    """Probability of erasing a rectangle (area 0.02-0.33, aspect 0.3-3.3)"""
+    erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    """What is seen there: the mean colour, one random colour, or a random colour for each pixel"""
+    erasing_count: int = 1
+    """Erase one to this many rectangles, of as small a part of the area each"""
     mixup: float | None = None
     """Mix pairs of images with a weight from Beta(mixup, mixup)"""
     cutmix: float | None = None
-    """Paste rectangles between images, area from Beta(cutmix, cutmix); with mixup too, each microbatch draws one"""
+    """Paste rectangles between images, area from Beta(cutmix, cutmix)"""
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One weight and box for the whole microbatch, for each pair of images, or for each image"""
+    mix_prob: float = 1.0
+    """Probability that a microbatch, pair or image is mixed at all"""
+    mix_switch_prob: float = 0.5
+    """With mixup and cutmix: probability of cutmix"""
+    mix_off_epoch: int | None = None
+    """Mix no longer from the end of this many epochs on; default: to the end"""
+    progressive_size: int | None = None
+    """Width of training images in the first epoch, from which it grows to the full one; default: always full"""
+    progressive_epochs: int | None = None
+    """Epochs until training images have their full size"""
+    progressive_step: int = 32
+    """Pixels by which the width of training images grows at a time"""
+    tta: Literal["none", "flip"] = "none"
+    """flip: evaluation takes the mean of the probabilities of each image and its mirror image"""
     mean: tuple[float, ...] | None = None
     """Per-channel mean for images in [0, 1]; default: measured on the training set (ImageNet's when it streams)"""
     std: tuple[float, ...] | None = None
@@ -163,7 +193,7 @@ class AugmentConfig(_Section):
     """Take image_size, eval_crop, mean and std, where they are not set, from the training of the pretrained weights"""
 
     def _refuse_contradictions(self) -> None:
-        for name in ("resized_crop", "grayscale", "blur", "erasing"):
+        for name in ("resized_crop", "grayscale", "blur", "erasing", "mix_prob", "mix_switch_prob"):
             _require_fraction(f"augment.{name}", getattr(self, name))
         for name in ("translate", "zoom", "perspective"):
             _require_fraction(f"augment.{name}", getattr(self, name), one_allowed=False)
@@ -172,6 +202,17 @@ class AugmentConfig(_Section):
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"--augment.{name}={value} must not be negative")
+        _require(self.erasing_count >= 1, f"--augment.erasing_count={self.erasing_count} must be at least 1")
+        off = self.mix_off_epoch
+        _require(off is None or off >= 1, f"--augment.mix_off_epoch={off} must be at least 1")
+        self._refuse_policy_contradictions()
+        for name in ("progressive_size", "progressive_epochs", "progressive_step"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--augment.{name}={value} must be at least 1")
+        _require(
+            (self.progressive_size is None) == (self.progressive_epochs is None),
+            "--augment.progressive_size and --augment.progressive_epochs belong together: set both or neither",
+        )
         _require(0 < self.eval_crop <= 1, f"--augment.eval_crop={self.eval_crop} must lie in (0, 1]")
         _require(self.image_size is None or self.image_size > 0, f"--augment.image_size={self.image_size} must be > 0")
         _require(len(self.jitter) <= 4, "--augment.jitter takes at most brightness, contrast, saturation and hue")
@@ -182,6 +223,21 @@ class AugmentConfig(_Section):
             "--augment.mean and --augment.std belong together: set both or neither",
         )
         _require(self.std is None or min(self.std) > 0, f"--augment.std={self.std} must be positive")
+
+    def _refuse_policy_contradictions(self) -> None:
+        _require(self.policy_ops >= 1, f"--augment.policy_ops={self.policy_ops} must be at least 1")
+        deviation, magnitude = self.policy_magnitude_std, self.policy_magnitude
+        _require(deviation >= 0, f"--augment.policy_magnitude_std={deviation} must not be negative")
+        if magnitude is not None and self.policy == "augmix":
+            is_level = 1 <= magnitude <= 10 and magnitude.is_integer()
+            _require(is_level, f"--augment.policy_magnitude={magnitude} of augmix must be a whole number from 1 to 10")
+        elif magnitude is not None:
+            top = 30 if self.policy_space == "torchvision" else 10
+            _require(
+                0 <= magnitude <= top,
+                f"--augment.policy_magnitude={magnitude} must lie in [0, {top}] for "
+                f"--augment.policy_space={self.policy_space}",
+            )
 
 
 @dataclass(frozen=True)
@@ -383,11 +439,15 @@ class TrainConfig(_Section):
     max_steps: int | None = None
     """Stop after this many steps even if epochs remain; the schedule stays that of all epochs"""
     loss: str = "cross_entropy"
-    """cross_entropy or nll, which is cross-entropy spelled as log-softmax and negative log-likelihood"""
+    """cross_entropy, bce (binary cross-entropy of each class), or nll, which is cross-entropy in two steps"""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes"""
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
     """Weights of the classes in the loss, only their ratios count; balanced: the rarer the heavier"""
+    bce_target_threshold: float | None = None
+    """bce: targets above this become 1, all others 0; default: soft targets stay as they are"""
+    bce_sum: bool = False
+    """bce: the loss of a sample is the sum over classes, not their mean"""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; default: none"""
     ema_warmup: Literal["ratio", "power", "none"] = "ratio"
@@ -408,6 +468,8 @@ class TrainConfig(_Section):
             value = getattr(self, name)
             _require(value in (None, "auto") or value >= 1, f"--train.{name}={value} must be at least 1")
         _require_fraction("train.label_smoothing", self.label_smoothing, one_allowed=False)
+        if self.bce_target_threshold is not None:
+            _require_fraction("train.bce_target_threshold", self.bce_target_threshold, one_allowed=False)
         if self.ema_decay is not None:
             _require_fraction("train.ema_decay", self.ema_decay, one_allowed=False)
         _require(
@@ -566,6 +628,11 @@ class Config:
             "--run.from_run brings the first weights: leave out --model.pretrained and --model.checkpoint",
         )
         _require(
+            (self.augment.progressive_epochs or 0) <= self.train.epochs,
+            f"--augment.progressive_epochs={self.augment.progressive_epochs} is more than "
+            f"--train.epochs={self.train.epochs}: images would never have their full size",
+        )
+        _require(
             not (self.runtime.sync_batchnorm and self.train.micro_batch_size == "auto"),
             "--train.micro_batch_size=auto cannot be tried with --runtime.sync_batchnorm=true: set a number",
         )
@@ -581,7 +648,7 @@ class Config:
         return self.optim.lr * (self.train.batch_size / self.optim.lr_base_batch_size) ** exponent
 
 
-_MEANING = 2
+_MEANING = 3
 """Raised when a default, or what a setting means, changes: a name must not stand for two trainings"""
 
 # Settings that leave the learned weights as they are, or only say how long and how well watched the run is.

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from lockstep.augment.policy import POLICIES
 from lockstep.augment.transform import Transform, build_transform
 from lockstep.data.images import Data, ImageSet
 from lockstep.data.loader import Batch, EvaluationLoader, crops_while_decoding
@@ -16,7 +17,12 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.sharding import prepare, shard
-from lockstep.models.network import build_network, find_network, with_pretrained_input
+from lockstep.models.network import (
+    build_network,
+    find_network,
+    require_smaller_images,
+    with_pretrained_input,
+)
 from lockstep.randomness import seed_microbatch, seed_run
 from lockstep.settings.config import Config
 from lockstep.settings.registry import choose, look_up
@@ -57,7 +63,8 @@ class Learner:
 
     def rehearse(self, batch: Batch) -> Tensor:
         """One microbatch forward and backward, as in training; returns its mean loss, on the device."""
-        images, targets = self.transform.train_batch(*batch, (0, 0, 0))
+        last_epoch = (self.config.train.epochs - 1) * self.transform.steps_per_epoch  # when images have their full size
+        images, targets = self.transform.train_batch(*batch, (0, last_epoch, 0))
         seed_microbatch(0, 0, 0)
         losses = self.loss_of(self.network.train()(images), targets)
         self.accelerator.backward(total(losses) / len(losses))
@@ -73,26 +80,35 @@ def build_learner(config: Config, data: Data, accelerator: Accelerator, launch: 
     check_names(config)
     seed_run(config.run.seed)
     model = build_network(config, data, launch.device, resumes=resumes, say=launch.say)
+    require_smaller_images(model, config, data.image_shape)
     shard(model, launch, compress_gradients=config.runtime.compress_gradients)
     average = build_average(config, model)
     bare_optimizer = build_optimizer(config.optim, model, may_fuse=not launch.fsdp)
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)
     network = prepare(accelerator, launch, model, config.runtime)
     precropped = crops_while_decoding(data.train, config.augment)
-    transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=precropped)
+    transform = build_transform(
+        config,
+        data.mean,
+        data.std,
+        data.num_classes,
+        precropped=precropped,
+        steps_per_epoch=max(1, len(data.train) // config.train.batch_size),
+    )
     weights = weights_of_classes(config, data.train.drawn_labels, data.num_classes)
     loss_of = build_loss(config.train, None if weights is None else weights.to(launch.device, torch.float32))
     return Learner(model, network, optimizer, average, transform, loss_of, accelerator, launch, config)
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the settings name a network, an optimizer, a schedule or a loss that there is not.
+    """Raise UserError if the settings name a network, an optimizer, a schedule, a loss or a policy that there is not.
 
     Quick, for the beginning of a program, before data are read.
     """
     find_network(config.model)
     choose(OPTIMIZERS, "optim.name", config.optim)
     choose(LOSSES, "train.loss", config.train)
+    choose(POLICIES, "augment.policy", config.augment)
     look_up(SHAPES, "schedule.name", config.schedule.name)
 
 

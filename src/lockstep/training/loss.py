@@ -33,6 +33,22 @@ def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> T
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def _bce(
+    logits: Tensor, targets: Tensor, label_smoothing: float, bce_target_threshold: float | None, bce_sum: bool
+) -> Tensor:
+    logits = _at_least_float32(logits)
+    if not targets.is_floating_point():
+        classes = F.one_hot(targets.clamp(min=0), logits.shape[1])
+        targets = classes * (targets != IGNORED)[:, None]
+    targets = targets.to(logits.dtype)
+    has_say = targets.sum(dim=1) > 0
+    targets = targets.lerp(targets.mean(dim=1, keepdim=True), label_smoothing)
+    if bce_target_threshold is not None:
+        targets = (targets > bce_target_threshold).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses.sum(dim=1) if bce_sum else losses.mean(dim=1)).where(has_say, 0)
+
+
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     log_probabilities = F.log_softmax(_at_least_float32(logits), dim=1)
     if not targets.is_floating_point():
@@ -47,7 +63,11 @@ class Record(NamedTuple):
     settings: frozenset[str] = frozenset()
 
 
-LOSSES = {"cross_entropy": Record(_cross_entropy, frozenset({"label_smoothing"})), "nll": Record(_nll)}
+LOSSES = {
+    "cross_entropy": Record(_cross_entropy, frozenset({"label_smoothing"})),
+    "bce": Record(_bce, frozenset({"label_smoothing", "bce_target_threshold", "bce_sum"})),
+    "nll": Record(_nll),
+}
 
 
 def build_loss(config: TrainConfig, weights: Tensor | None = None) -> Loss:
@@ -56,7 +76,9 @@ def build_loss(config: TrainConfig, weights: Tensor | None = None) -> Loss:
     Targets are int64 classes (B,), `IGNORED` among them, or floating shares of each class (B, C) as mixup and cutmix
     make them: rows sum to 1, a row of zeros is ignored. Losses are computed in float32 at least, in float64 for float64
     logits. Label smoothing (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567) gives its share of every target to
-    all classes alike. `weights` (C,), if given, multiply the loss of a sample by the weight of its class, or by the
+    all classes alike. With bce each class of a sample is a yes or no of its own ("ResNet strikes back", Wightman et al.
+    2021, https://arxiv.org/abs/2110.00476).
+    `weights` (C,), if given, multiply the loss of a sample by the weight of its class, or by the
     mean over its shares of classes.
     Raises UserError for an unknown name or a setting without a meaning for it.
     """
