@@ -139,7 +139,7 @@ def plot_samples(
     grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False).flat
     for index, axes in enumerate(grid):
         draw_image(axes, images[index] if index < number else None)
-        # Empty axes are laid out all the same: half of the picture's time, with a pixel to show for it nowhere.
+        # They are empty, and laid out all the same: a third of the picture's time. No pixel is another.
         axes.xaxis.set_visible(False)
         axes.yaxis.set_visible(False)
         if index < number:
