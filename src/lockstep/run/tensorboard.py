@@ -39,7 +39,8 @@ class TensorBoard:
         # The file as it is: add_image would encode its pixels anew.
         with Image.open(path) as picture:
             shown = Summary.Image(width=picture.width, height=picture.height, encoded_image_string=path.read_bytes())
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
+        events: Any = self._writer.file_writer
+        events.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(name, text, global_step=step)
