@@ -22,18 +22,32 @@ from lockstep.settings.yaml import load_config
 pytestmark = pytest.mark.launch
 
 
-def start_quickly(place: Path, *arguments: str) -> tuple[Path, str]:
+def start_quickly(place: Path, *arguments: str, **extra: str) -> tuple[Path, str]:
     """Trains as `make train` does; returns the run and what it printed."""
-    done = launch(f"--data.cache_dir={place / 'cache'}", *arguments, cwd=place, HOME=str(place))
+    done = launch(f"--data.cache_dir={place / 'cache'}", *arguments, cwd=place, HOME=str(place), **extra)
     assert done.returncode == 0, done.stderr
     (run,) = (place / "runs").iterdir()
     return run, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs of the quick start."""
-    return start_quickly(tmp_path_factory.mktemp("quick_start"), "--train.epochs=3")[0]
+def short_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Three epochs of the quick start, and what was printed, with a line for every module that Python imported."""
+    place = tmp_path_factory.mktemp("quick_start")
+    return start_quickly(place, "--train.epochs=3", PYTHONPROFILEIMPORTTIME="1")
+
+
+@pytest.fixture(scope="module")
+def short_run(short_start: tuple[Path, str]) -> Path:
+    return short_start[0]
+
+
+# Up to seconds each: torch's compiler; DTensor and the algebra it draws in, by a check of a trace; the digits, which
+# come with scikit-learn; networks that are not asked for.
+@pytest.mark.parametrize("module", ["torch._dynamo", "torch.distributed.tensor", "sympy", "sklearn", "scipy", "timm"])
+def test_quick_start_imports_nothing_that_it_does_not_use(module: str, short_start: tuple[Path, str]) -> None:
+    imported = {line.rpartition("|")[2].strip() for line in short_start[1].splitlines() if "import time:" in line}
+    assert {"torch", "wandb", "tensorboard", "matplotlib"} <= imported and module not in imported
 
 
 @pytest.mark.slow

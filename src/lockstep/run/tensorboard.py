@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -35,15 +36,20 @@ class TensorBoard:
         self._writer.add_histogram(name, values, global_step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
+        # The file as it is: add_image would encode its pixels anew.
         with Image.open(path) as picture:
-            self._writer.add_image(name, np.asarray(picture.convert("RGB")), global_step=step, dataformats="HWC")
+            shown = Summary.Image(width=picture.width, height=picture.height, encoded_image_string=path.read_bytes())
+        events: Any = self._writer.file_writer
+        events.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(name, text, global_step=step)
 
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
         # A copy on the CPU: tracing must not touch the running statistics, the device or its memory.
-        self._writer.add_graph(copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu())
+        model, image = copy.deepcopy(model).cpu().eval(), images[:1].detach().cpu()
+        # Traced here: add_graph would check its trace by a second pass, and that imports torch.distributed.tensor.
+        self._writer.add_graph(torch.jit.trace(model, image, check_trace=False), image)
 
     def exhibit(self, step: int, name: str, item: Exhibit) -> None:
         """Curves of precision and recall; the figures show the rest."""
