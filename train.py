@@ -15,7 +15,6 @@ if __name__ == "__main__":
     with one_line_errors():
         settings = parse_config()
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -175,6 +174,4 @@ def fit(t: Training) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        code = train(settings)
-        end_program()
-    sys.exit(code)
+        end_program(train(settings))

@@ -8,6 +8,7 @@ import torch
 from programs import read_lines
 
 from lockstep.run.checkpoint import load_checkpoint
+from lockstep.run.history import is_speed
 
 
 def differences(run: Path, reference: Path) -> list[str]:
@@ -34,14 +35,11 @@ def differences(run: Path, reference: Path) -> list[str]:
     return found if summaries[0] == summaries[1] else [*found, f"summary.json: {summaries[0]}"]
 
 
-TIMES = {
-    "images_per_second", "data_share", "train_seconds", "wall_seconds", "restarts", "finished", "straggler",
-    "straggler_rank",
-}  # fmt: skip
+TIMES = {"train_seconds", "wall_seconds", "restarts", "finished"}
 
 
 def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in TIMES}
+    return {key: value for key, value in values.items() if key not in TIMES and not is_speed(key)}
 
 
 def _equal(a: Any, b: Any) -> bool:

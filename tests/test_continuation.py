@@ -11,7 +11,7 @@ from programs import QUICK
 from safetensors.torch import load_file
 
 from lockstep.errors import UserError
-from lockstep.run.history import read_history
+from lockstep.run.history import is_speed, read_history
 
 SHORT = (
     *QUICK,
@@ -20,12 +20,11 @@ SHORT = (
     "--schedule.warmup_epochs=0.5",
     "--train.ema_decay=0.9",
 )
-SPEEDS = ("images_per_second", "data_share")
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     lines = read_history(run)
-    return [{key: value for key, value in line.items() if key not in SPEEDS} for line in lines]
+    return [{key: value for key, value in line.items() if not is_speed(key)} for line in lines]
 
 
 def same_files(a: Path, b: Path, name: str) -> bool:
@@ -50,7 +49,8 @@ def test_a_run_made_longer_is_the_one_that_was_long_from_the_start(train_here: A
 @pytest.mark.slow
 def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(train_here: Any, capsys: Any) -> None:
     first = train_here(*SHORT, "--run.name=first")
-    more = (*SHORT, "--run.from_run=runs/first", "--optim.lr=1e-12", "--optim.weight_decay=0", "--run.name=second")
+    still = ("--optim.lr=1e-12", "--optim.weight_decay=0", "--train.ema_decay=0.99999999")
+    more = (*SHORT, "--run.from_run=runs/first", *still, "--run.name=second")
     second = train_here(*more)
     assert "beginning with the weights, average and optimizer of runs/first, step_00000010" in capsys.readouterr().out
     for file in ("model", "ema"):

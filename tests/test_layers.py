@@ -111,6 +111,7 @@ ORDER = [
     "report.run_figures",
     "report.diagnosis",
     "report.run_page",
+    "report.account",
     "report.summary",
     "report.evaluation",
     "report.milestones",

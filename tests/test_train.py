@@ -16,6 +16,7 @@ from programs import QUICK, ROOT, finish, launch, launch_command, read_lines, st
 from safetensors.torch import load_file
 
 from lockstep.errors import UserError
+from lockstep.run.history import is_speed
 from lockstep.settings.cli import parse_config
 from lockstep.settings.yaml import load_config
 
@@ -168,10 +169,9 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
             load_file(tmp_path / "runs" / name / f"checkpoints/last/{file}.safetensors") for name in ("whole", "killed")
         )
         assert all(torch.equal(a[key], b[key]) for key in a)
-    timing = {"images_per_second", "data_share"}
     a, b = (
         [
-            {key: value for key, value in line.items() if key not in timing}
+            {key: value for key, value in line.items() if not is_speed(key)}
             for line in read_lines(tmp_path / "runs" / name)
         ]
         for name in ("whole", "killed")

@@ -58,6 +58,15 @@ def step(pace: Pace, clock: list[float], *, own: float, blocked: float = 0.0, ot
     pace.exchanged()
 
 
+def test_the_wait_for_others_is_added_up(clock: list[float]) -> None:
+    pace = Pace(CPU)
+    pace.exchanged()
+    before = pace.waited_seconds
+    step(pace, clock, own=2.0, blocked=1.0, others=3.0)
+    step(pace, clock, own=2.0, others=0.5)
+    assert pace.waited_seconds - before == 4.5
+
+
 def test_own_time_is_without_that_of_waiting(clock: list[float]) -> None:
     pace, launch = Pace(CPU), Others(3.0)
     step(pace, clock, own=50.0)  # nothing is known of when the first one began

@@ -43,3 +43,30 @@ def test_the_time_for_images_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert stopwatch.lap().data_share == 0.75
     progress.step, now[0] = 2, 5.0
     assert stopwatch.lap().data_share == 0.0
+
+
+def test_a_starts_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lockstep.training.stopwatch.time.perf_counter", lambda: now[0])
+
+    def slow() -> Iterator[str]:
+        while True:
+            now[0] += 2.0
+            yield "batch"
+
+    progress, batches = Progress(step=7), slow()
+    stopwatch = Stopwatch(progress)
+    assert stopwatch.started_seconds > 0
+    stopwatch.next_of(batches)  # type: ignore[arg-type]
+    with stopwatch.errand("validation"):
+        now[0] += 3.0
+    stopwatch.lap()
+    stopwatch.next_of(batches)  # type: ignore[arg-type]
+    with pytest.raises(OSError), stopwatch.errand("saving"):
+        now[0] += 1.0
+        raise OSError
+    progress.step, now[0] = 9, 20.0
+    spent = stopwatch.spent(waited_seconds=4.0)
+    assert (spent.seconds, spent.steps) == (20.0, 2)
+    expected = {"compute": 0.4, "data": 0.2, "validation": 0.15, "saving": 0.05, "logging": 0.0, "waiting": 0.2}
+    assert spent.shares == pytest.approx(expected)

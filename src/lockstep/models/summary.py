@@ -36,6 +36,11 @@ def summarize_model(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     )
 
 
+def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one image's forward, a multiply-add counted as two; the model is left as it was."""
+    return _trace(model, {}, image_shape)[1]
+
+
 def layer_rows(model: nn.Module) -> list[tuple[str, str, str, int]]:
     """Name, type, shape of the weight and number of parameters of each layer, without a pass through the network."""
     rows = []

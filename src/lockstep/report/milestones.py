@@ -15,6 +15,7 @@ from lockstep.launch.accelerator import Launch
 from lockstep.launch.load import node_loads
 from lockstep.launch.preemption import Preemption
 from lockstep.lease import Lease
+from lockstep.report.account import describe_account, share_of_peak
 from lockstep.report.summary import not_fatal, report_divergence, report_findings, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.digest import as_text, digest
@@ -63,7 +64,8 @@ def log(t: Training, lr: float, gradient_norm: Tensor) -> None:
     text = as_text(require_same_weights(t, int(weights)))
     record = train_record(t.progress, t.calendar, lr, gradient_norm.item(), text, lap)
     loads = node_loads(t.launch) if t.run.config.log.all_nodes else {}
-    t.tracker.log(record | t.gradients.pace.read(t.launch) | loads)
+    with t.stopwatch.errand("logging"):  # the wait for the device, above, was for its steps
+        t.tracker.log(record | t.gradients.pace.read(t.launch) | loads)
     t.meter.start_window()
     if t.progress.bad_steps.in_a_row >= t.run.config.train.max_bad_steps:
         t.checkpointer.wait()
@@ -96,7 +98,7 @@ def validate(t: Training) -> None:
     """Validate, and save the weights if they are the best or the step's are due; nothing if a stop is asked for."""
     assert t.data.val is not None
     progress = t.progress
-    with t.learner.averaged():
+    with t.stopwatch.errand("validation"), t.learner.averaged():
         predictions = t.learner.evaluate(t.data.val, t.data.num_classes, t.preemption.wanted)
     if predictions is None:
         return
@@ -115,7 +117,8 @@ def save(t: Training, *, is_best: bool) -> None:
     """Save a checkpoint, in the background, if all processes hold the same weights."""
     require_same_weights(t, int(digest(t.learner.model, t.learner.average)))
     t.stopwatch.read()
-    t.checkpointer.save(t.meter.read(t.progress), is_best=is_best)
+    with t.stopwatch.errand("saving"):
+        t.checkpointer.save(t.meter.read(t.progress), is_best=is_best)
 
 
 def pause(t: Training) -> int:
@@ -131,6 +134,7 @@ def finish(t: Training) -> int:
     if t.meter.read(t.progress).bad_steps.total == t.progress.step:  # fewer than max_bad_steps, but all there were
         t.checkpointer.wait()
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
+    account = account_of(t)
     seen = look(t)
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=True)
@@ -139,10 +143,26 @@ def finish(t: Training) -> int:
         return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
     if not math.isfinite(predictions.loss):  # of weights that are finite, and useless
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
-    t.tracker.log(test_record(t.progress, t.calendar, predictions))
+    t.tracker.log(test_record(t.progress, t.calendar, predictions) | account)
     report_findings(t.run, t.tracker, t.data.num_classes, seen, predictions)
+    if account:
+        t.tracker.say(describe_account(account, t.launch))
     report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
     return 0
+
+
+def account_of(t: Training) -> dict[str, float]:
+    """What the time of this start went into, on the main process; empty on others, and if there was no step."""
+    spent = t.stopwatch.spent(t.gradients.pace.waited_seconds)
+    if not (t.launch.is_main and spent.steps):
+        return {}
+    account = {f"{name}_share": share for name, share in spent.shares.items()}
+    account["started_seconds"] = t.stopwatch.started_seconds
+    if spent.shares["compute"] and not t.launch.is_sharded:
+        with not_fatal("the share of the machine's peak could not be found"):
+            images = spent.steps * t.calendar.batch_size / (spent.seconds * spent.shares["compute"])
+            account["peak_share"] = share_of_peak(t.learner.model, t.data.image_shape, images, t.launch)
+    return account
 
 
 def look(t: Training) -> Probe | None:

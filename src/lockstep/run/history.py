@@ -16,7 +16,7 @@ from lockstep.files import read_json, replace_file, require_plain_file
 
 HISTORY = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
-_SPEEDS = {"images_per_second", "data_share", "straggler", "straggler_rank"}
+_SPEEDS = {"images_per_second", "straggler", "straggler_rank", "started_seconds"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -125,6 +125,11 @@ def _epochs_per_step(history: Sequence[dict[str, Any]]) -> float:
     return float(chosen["epoch"]) / float(chosen["step"])
 
 
+def is_speed(key: str) -> bool:
+    """Whether a field tells of time and load, which no two runs have in common."""
+    return key in _SPEEDS or key.endswith("_share") or key.startswith("node")
+
+
 def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str:
     """Up to which step two histories are equal in every figure but speeds, and the first line that is not."""
     ours, theirs = (
@@ -136,8 +141,7 @@ def compare_histories(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) 
     equal_through = 0
     for split, step in shared:
         one, other = ours[split, step], theirs[split, step]
-        both = [key for key in one.keys() & other.keys() if key not in _SPEEDS and not key.startswith("node")]
-        differing = [key for key in both if one[key] != other[key]]
+        differing = [key for key in one.keys() & other.keys() if one[key] != other[key] and not is_speed(key)]
         if differing:
             key = min(differing, key=lambda key: (key != "digest", key))
             through = f"equal to the last bit through step {equal_through}" if equal_through else "not equal"

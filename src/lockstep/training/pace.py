@@ -24,16 +24,21 @@ class Pace:
         self._spans: list[tuple[Any, Any]] = []
         self._blocked_seconds = 0.0
         self._start: Any = None
+        self._ready_at = time.perf_counter()
+        self.waited_seconds = 0.0
+        """For the messages of others, between gradients of its own and those of all; of a CPU, a GPU is not asked"""
 
     def ready(self) -> None:
         """This process's gradients of a step are complete."""
         if self._start is not None and len(self._spans) < _MOST_SPANS:
             self._spans.append((self._start, self._now()))
-        self._start = None
+        self._start, self._ready_at = None, time.perf_counter()
 
     def exchanged(self) -> None:
         """Those of all processes are: the next step's work begins."""
         self._start = self._now()
+        if not self._on_gpu:
+            self.waited_seconds += time.perf_counter() - self._ready_at
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
@@ -41,7 +46,9 @@ class Pace:
         begun = time.perf_counter()
         yield
         if not self._on_gpu:
-            self._blocked_seconds += time.perf_counter() - begun
+            seconds = time.perf_counter() - begun
+            self._blocked_seconds += seconds
+            self.waited_seconds += seconds
 
     def restart(self) -> None:
         """Leave out what has come since the last exchange: a validation, say."""

@@ -1,0 +1,77 @@
+"""Where the time of a training went, and how much of the machine it used."""
+
+import time
+from statistics import median
+
+import torch
+from torch import nn
+
+from lockstep.launch.accelerator import Launch
+from lockstep.models.summary import forward_flops
+
+_TRIALS = 5
+_LEAST_TOLD = 0.005
+_WORDS = {
+    "compute_share": "compute",
+    "data_share": "data",
+    "validation_share": "validation",
+    "saving_share": "saving",
+    "logging_share": "logging",
+    "waiting_share": "waiting for other processes",
+}
+_TOO_MUCH = {
+    "data_share": (0.15, "raise --data.workers, or --data.memory_budget so that the set is kept in memory"),
+    "validation_share": (0.4, "raise --train.validate_every_epochs"),
+    "saving_share": (0.1, "raise --checkpoint.every_steps or --checkpoint.every_epochs"),
+    "logging_share": (0.1, "raise --log.every_steps"),
+    "waiting_share": (0.3, "straggler_rank in the log names the slowest; a larger --train.batch_size sends less often"),
+}
+"""From which share on, and what to change"""
+
+
+def describe_account(account: dict[str, float], launch: Launch) -> str:
+    """One line of `account_of`, and what to change where a share is too large."""
+    shares = [
+        f"{words} {account[key]:.0%}"
+        for key, words in _WORDS.items()
+        if key == "compute_share" or account[key] >= 0.005
+    ]
+    line = f"time: {', '.join(shares)}"
+    if "peak_share" in account:
+        line += f"; computing at {account['peak_share']:.0%} of this machine's {launch.precision_name} peak"
+    line += f"; started in {account['started_seconds']:.1f} s"
+    advice = [text for key, (most, text) in _TOO_MUCH.items() if account[key] > most]
+    return "; ".join([line, *advice])
+
+
+def share_of_peak(model: nn.Module, shape: tuple[int, int, int], images_per_second: float, launch: Launch) -> float:
+    """Of the operations that products of matrices reach on all processes' devices, what training makes.
+
+    A step is taken for three forwards, as is usual (PaLM, Chowdhery et al. 2022, appendix B: model FLOPs). `model` is
+    the bare network, not sharded, `shape` that of an image, (C, H, W); `images_per_second` are those of all processes
+    while they compute.
+    """
+    needed = 3 * forward_flops(model, shape) * images_per_second
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(launch.precision, next(model.parameters()).dtype)
+    return needed / (measure_peak(launch.device, dtype) * launch.num_processes)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a large product of matrices."""
+    size = 4096 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = [_seconds_of_product(matrix) for _ in range(1 + _TRIALS)][1:]
+    return float(2 * size**3 / median(seconds))
+
+
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    _wait_for(matrix)
+    begun = time.perf_counter()
+    matrix @ matrix
+    _wait_for(matrix)
+    return time.perf_counter() - begun
+
+
+def _wait_for(matrix: torch.Tensor) -> None:
+    if matrix.is_cuda:
+        torch.cuda.synchronize(matrix.device)
