@@ -49,7 +49,7 @@ def test_a_run_made_longer_is_the_one_that_was_long_from_the_start(train_here: A
 @pytest.mark.slow
 def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(train_here: Any, capsys: Any) -> None:
     first = train_here(*SHORT, "--run.name=first")
-    still = ("--optim.lr=1e-12", "--optim.weight_decay=0", "--train.ema_decay=0.99999999")
+    still = ("--optim.lr=1e-12", "--schedule.name=constant", "--optim.weight_decay=0", "--train.ema_decay=0.99999999")
     more = (*SHORT, "--run.from_run=runs/first", *still, "--run.name=second")
     second = train_here(*more)
     assert "beginning with the weights, average and optimizer of runs/first, step_00000010" in capsys.readouterr().out
