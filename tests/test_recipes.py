@@ -17,18 +17,25 @@ STAND_INS = {
     "torchvision:FashionMNIST": "28x28x1",
     "torchvision:MNIST": "28x28x1",
     "torchvision:CIFAR10": "32x32x3",
+    "torchvision:CIFAR100": "32x32x3",
     "folder:data/imagenet": "256x256x3",
 }
 
 
 def test_all_recipes_are_here() -> None:
     assert RECIPES == [
+        "cifar100_resnet18.yaml",
         "cifar10_cnn.yaml",
+        "cifar10_fast.yaml",
         "cifar10_resnet18.yaml",
         "digits_cnn.yaml",
         "fashion_mnist_cnn.yaml",
         "fashion_mnist_mlp.yaml",
+        "fashion_mnist_resnet18.yaml",
+        "imagenet_resnet18.yaml",
         "imagenet_resnet50.yaml",
+        "imagenet_resnet50_88ep.yaml",
+        "imagenet_resnet50_a3.yaml",
         "mnist_simple_cnn.yaml",
         "mnist_tiny_cnn.yaml",
     ]
@@ -49,12 +56,16 @@ def test_says_nothing_of_hardware_and_sets_its_microbatch(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if "imagenet" in name else []) for name in RECIPES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "imagenet" in name or "resnet18" in name else [])
+        for name in RECIPES
+    ],
 )
 def test_trains(name: str, train_here: Any, tmp_path: Path) -> None:
     config = parse_config(["--config", str(ROOT / "configs" / name)])
     shape = STAND_INS[config.data.source]
-    batch = 8 if "imagenet" in name or "resnet" in name else config.train.batch_size
+    batch = 8 if "imagenet" in name or "resnet" in name or "fast" in name else config.train.batch_size
     source = [] if shape is None else [f"--data.source=synthetic:{shape}x{5 * batch}"]
     run = train_here(
         *("--config", str(ROOT / "configs" / name)),

@@ -27,6 +27,7 @@ from lockstep.settings.config import ModelConfig
         ("fashion_cnn", GREY, 354_858),
         ("cifar10_cnn", COLOUR, 27 * 32 + 64 + 288 * 64 + 128 + 576 * 128 + 256 + 513 * 256 + 257 * 10),
         ("vgg_small", COLOUR, 28 * 64 + 577 * 128 + (128 * 8 * 8 + 1) * 512 + 513 * 10),
+        ("resnet9", COLOUR, 6_573_120),
         ("resnet_basic", COLOUR, 2_785_354),
         ("timm/resnet18", COLOUR, 11_173_962),
     ],

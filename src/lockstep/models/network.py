@@ -13,7 +13,7 @@ from lockstep.data.images import Data
 from lockstep.errors import UserError
 from lockstep.files import path_of
 from lockstep.models.freeze import freeze
-from lockstep.models.resnet import resnet_basic
+from lockstep.models.resnet import resnet9, resnet_basic
 from lockstep.models.small import (
     cifar10_cnn,
     fashion_cnn,
@@ -49,6 +49,7 @@ NETWORKS = {
     "fashion_cnn": Network(fashion_cnn, frozenset({"dropout", "width", "batch_norm", "noise", "init"})),
     "cifar10_cnn": Network(cifar10_cnn, frozenset({"dropout", "width", "batch_norm", "noise", "init"})),
     "vgg_small": Network(vgg_small, frozenset({"dropout", "width", "noise", "init"})),
+    "resnet9": Network(resnet9, frozenset({"dropout", "width", "batch_norm", "init"})),
     "resnet_basic": Network(resnet_basic, frozenset({"dropout", "width", "batch_norm", "init"})),
 }
 _TIMM_SETTINGS = frozenset({"dropout", "drop_path", "stem", "global_pool", "pretrained", "grad_checkpointing"})

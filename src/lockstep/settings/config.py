@@ -247,7 +247,7 @@ class ModelConfig(_Section):
     _name = "model"
 
     name: str = "fashion_cnn"
-    """mlp, mlp_dropout, tiny_cnn, simple_cnn, fashion_cnn, cifar10_cnn, vgg_small, resnet_basic or timm/<name>"""
+    """mlp[_dropout], tiny_cnn, simple_cnn, fashion_cnn, cifar10_cnn, vgg_small, resnet9, resnet_basic or timm/<name>"""
     dropout: float | None = None
     """Dropout probability; default: the network's own"""
     drop_path: float = 0.0
