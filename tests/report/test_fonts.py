@@ -25,7 +25,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def titles(path: Path, names: list[str]) -> list[tuple[str, list[str]]]:
     figure = plot_samples(np.zeros((len(names), 8, 8, 1), np.uint8), names, path)
-    return [(axes.title.get_text(), axes.title.get_fontfamily()) for axes in figure.axes if axes.title.get_text()]
+    return [(text.get_text(), text.get_fontfamily()) for text in figure.axes[0].texts]
 
 
 def test_letters_without_a_font_are_question_marks(tmp_path: Path, only: list[str]) -> None:

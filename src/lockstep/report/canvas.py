@@ -3,6 +3,7 @@
 Figures are made with matplotlib's object API alone: no global state, no window, safe on any machine and in any thread.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,15 +48,50 @@ def scale(axes: "Axes", *, percent: bool) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.3g} %" if percent else f"{value:.4g}")
 
 
-def draw_image(axes: "Axes", image: "np.ndarray | None") -> None:
-    """uint8 (H, W, C), C = 1 or 3, without axes; None: an empty place."""
+@dataclass(frozen=True)
+class Tiles:
+    """Places of images of one shape in a grid on one pair of axes: with axes of its own for each, 48 took 1.3 s.
+
+    Images are 1 wide; rows go down from 0.
+    """
+
+    columns: int
+    rows: int
+    tall: float
+    """Height of an image"""
+    room: float = 0.0
+    """Above each image"""
+    gap: float = 0.08
+
+    def extent(self, row: int, column: int) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of an image."""
+        left = (1 + self.gap) * column
+        top = -(self.room + self.tall + self.gap) * row - self.room
+        return left, left + 1, top - self.tall, top
+
+    def centre(self, row: int, column: int) -> tuple[float, float]:
+        """x and y of the middle of an image."""
+        left, right, bottom, top = self.extent(row, column)
+        return (left + right) / 2, (bottom + top) / 2
+
+    @property
+    def xlim(self) -> tuple[float, float]:
+        """All columns."""
+        return -self.gap / 2, (1 + self.gap) * self.columns - self.gap / 2
+
+    @property
+    def ylim(self) -> tuple[float, float]:
+        """All rows."""
+        return self.extent(self.rows - 1, 0)[2] - self.gap / 2, self.gap / 2
+
+
+def draw_image(axes: "Axes", image: "np.ndarray", extent: tuple[float, float, float, float] | None = None) -> None:
+    """uint8 (H, W, C), C = 1 or 3, without lines around it; `extent`: its place among others, as of `Tiles`."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    if image is None:
-        return
     assert image.ndim == 3 and image.shape[2] in (1, 3), image.shape
     shown = image[:, :, 0] if image.shape[2] == 1 else image
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
 
 
 def shorten(text: str, most: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.report.canvas import FAINT, GRID, INK, draw_image, dress, new_figure, save, scale, shorten
+from lockstep.report.canvas import FAINT, GRID, INK, Tiles, draw_image, dress, new_figure, save, scale, shorten
 from lockstep.report.comparison import Curve, Group
 from lockstep.run.history import Point, curve
 
@@ -130,23 +130,28 @@ def plot_samples(
     number = min(len(images), _MOST_SAMPLES)
     if number == 0:
         raise ValueError(f"no images to draw in {path}")
+    from matplotlib.patches import Rectangle
+
     marks = [False] * len(images) if wrong is None else list(wrong)
     if not len(images) == len(titles) == len(marks):
         raise ValueError(f"{len(images)} images need as many titles and marks, not {len(titles)} and {len(marks)}")
     columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
     lines = 1 + max(title.count("\n") for title in titles[:number])
-    figure = new_figure(columns * 1.7, math.ceil(number / columns) * (1.8 + 0.15 * lines))
-    grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False).flat
-    for index, axes in enumerate(grid):
-        draw_image(axes, images[index] if index < number else None)
-        # They are empty, and laid out all the same: a third of the picture's time. No pixel is another.
-        axes.xaxis.set_visible(False)
-        axes.yaxis.set_visible(False)
-        if index < number:
-            color = _WRONG if marks[index] else INK
-            axes.set_title(_lines(titles[index]), fontsize=10, color=color, pad=4)
-            if marks[index]:
-                axes.spines[:].set(visible=True, color=_WRONG, linewidth=2)
+    room = 0.1 + 0.15 * lines  # above an image, in its widths
+    tiles = Tiles(columns, rows, images.shape[1] / images.shape[2], room)
+    figure = new_figure(columns * 1.7, rows * (1.5 * tiles.tall + 1.5 * room + 0.1))
+    axes = figure.subplots()
+    for index in range(number):
+        row, column = divmod(index, columns)
+        draw_image(axes, images[index], extent=tiles.extent(row, column))
+        left, right, bottom, top = tiles.extent(row, column)
+        color = _WRONG if marks[index] else INK
+        axes.text((left + right) / 2, top + 0.03, _lines(titles[index]), fontsize=10, color=color, ha="center")
+        if marks[index]:
+            corner, width, height = (left, bottom), right - left, top - bottom
+            axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=_WRONG, linewidth=2))
+    axes.set(xlim=tiles.xlim, ylim=tiles.ylim)
     return save(figure, path)
 
 
@@ -159,16 +164,17 @@ def plot_gallery(rows: "Sequence[tuple[str, np.ndarray]]", titles: Sequence[str]
     columns = max((len(images) for _, images in rows), default=0)
     if columns == 0:
         raise ValueError(f"no images to draw in {path}")
-    figure = new_figure(1.8 + columns * 1.35, len(rows) * 1.4 + 0.4)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, images) in zip(grid, rows, strict=True):
-        for index, axes in enumerate(line):
-            draw_image(axes, images[index] if index < len(images) else None)
-        line[0].set_ylabel(
-            shorten(name, _LONGEST_NAME), rotation=0, ha="right", va="center", labelpad=8, fontsize=11, color=INK
-        )
-    for axes, title in zip(grid[0], titles, strict=False):
-        axes.set_title(title, fontsize=10, color=INK, pad=4)
+    tiles = Tiles(columns, len(rows), rows[0][1].shape[1] / rows[0][1].shape[2])
+    figure = new_figure(1.8 + columns * 1.35, 0.5 + len(rows) * 1.35 * max(tiles.tall, 0.3))
+    axes = figure.subplots()
+    for row, (_, images) in enumerate(rows):
+        for column, image in enumerate(images):
+            draw_image(axes, image, extent=tiles.extent(row, column))
+    names = [shorten(name, _LONGEST_NAME) for name, _ in rows]
+    axes.set_yticks([tiles.centre(row, 0)[1] for row in range(len(rows))], names, fontsize=11, color=INK)
+    axes.set_xticks([tiles.centre(0, column)[0] for column in range(len(titles))], titles, fontsize=10, color=INK)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.set(xlim=tiles.xlim, ylim=tiles.ylim)
     return save(figure, path)
 
 
