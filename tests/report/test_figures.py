@@ -150,7 +150,7 @@ def test_transforms_gallery_has_a_labelled_row_each(tmp_path: Path) -> None:
     assert len(tops) == 6 and len(set(tops[:4])) == len(set(tops[4:])) == 1 and tops[0] > tops[4]
     assert np.array_equal(axes.images[4].get_array(), images[0, :, ::-1])
     pixels = png(tmp_path / "transforms.png")
-    assert pixels.shape == (480, 1080, 3) and pixels.std() > 20
+    assert pixels.shape == (480, 1140, 3) and pixels.std() > 20
     with pytest.raises(ValueError, match="no images"):
         plot_gallery([], [], tmp_path / "none.png")
 

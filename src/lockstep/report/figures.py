@@ -165,7 +165,7 @@ def plot_gallery(rows: "Sequence[tuple[str, np.ndarray]]", titles: Sequence[str]
     if columns == 0:
         raise ValueError(f"no images to draw in {path}")
     tiles = Tiles(columns, len(rows), rows[0][1].shape[1] / rows[0][1].shape[2])
-    figure = new_figure(1.8 + columns * 1.35, 0.5 + len(rows) * 1.35 * max(tiles.tall, 0.3))
+    figure = new_figure(2.2 + columns * 1.35, 0.5 + len(rows) * 1.35 * max(tiles.tall, 0.3))
     axes = figure.subplots()
     for row, (_, images) in enumerate(rows):
         for column, image in enumerate(images):
