@@ -9,6 +9,7 @@ from lockstep.errors import UsageError, did_you_mean, one_line_errors
 COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
     "prepare": "fetch data and weights for machines without internet",
+    "preview": "look at what a training would see: batches, labels, duplicates, augmentation, learning rate",
     "report": "write the page of any run anew, report.html",
     "sweep": "list the tasks of a sweep file, train one of them, or all and compare them",
     "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
@@ -20,7 +21,7 @@ COMMANDS = {
 """Each is a module in `commands/` with a `main(arguments)` that returns the exit code"""
 
 
-_AS_TRAINING = ("doctor", "prepare")
+_AS_TRAINING = ("doctor", "prepare", "preview")
 """Those that take train.py's arguments"""
 
 

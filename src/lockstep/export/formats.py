@@ -82,7 +82,9 @@ def _write_torch_export(classifier: Classifier, config: ModelConfig, folder: Pat
 
 
 def _read_torch_export(folder: Path) -> Outputs:
-    return torch.export.load(folder / "model.pt2").module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 warns of the archive's memory
+        return torch.export.load(folder / "model.pt2").module()
 
 
 def _write_onnx(classifier: Classifier, config: ModelConfig, folder: Path) -> None:
