@@ -23,8 +23,10 @@ from lockstep.commands.export import main
 from lockstep.data.images import Data, build_data
 from lockstep.errors import UsageError, UserError
 from lockstep.export import formats
+from lockstep.export.card import source_name
 from lockstep.export.classifier import load_exported
 from lockstep.export.formats import FORMATS, Outputs
+from lockstep.export.preprocessing import read_preprocessing
 from lockstep.files import write_manifest
 from lockstep.models.network import build_model
 from lockstep.settings.cli import parse_config
@@ -98,6 +100,7 @@ def test_each_form_says_what_the_network_says(
 
     data, outputs = data_of(run), FORMATS[form].read(out)
     image = put_image(data, out)
+    assert torch.equal(read_preprocessing(out)[0].pixels(out / "image.png"), image)
     with torch.no_grad():
         logits = outputs(image)
         assert outputs(image.expand(5, -1, -1, -1)).shape == (5, 10)  # any number of images
@@ -157,6 +160,13 @@ def test_a_card_is_true(train_here: Callable[..., Path], tmp_path: Path) -> None
 
     other = export(run, "safetensors", tmp_path / "other", f"--checkpoint={run / 'checkpoints' / 'step_00000005'}")
     assert "Not measured for these weights" in (other / "README.md").read_text()
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    assert source_name(f"folder:{tmp_path / 'pets'}") == "folder:pets"
+    assert source_name("hf:uoft-cs/cifar10") == "hf:uoft-cs/cifar10"
+    assert source_name("embedded:digits") == "embedded:digits"
 
 
 def test_what_differs_is_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

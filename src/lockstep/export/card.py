@@ -10,7 +10,7 @@ from lockstep.data.images import Data
 from lockstep.export.formats import FORMATS
 from lockstep.export.hub_folder import is_for_timm
 from lockstep.export.preprocessing import Preprocessing
-from lockstep.files import checksum, replace_file
+from lockstep.files import checksum, path_of, replace_file
 from lockstep.run.folder import read_summary
 from lockstep.run.history import read_starts
 from lockstep.settings.config import Config, shaping_settings
@@ -36,6 +36,11 @@ class Facts:
     """How the exported file was compared with the network, in words"""
     digest: str | None
     """That of the checkpoint, as metrics.jsonl has it"""
+
+    @property
+    def source(self) -> str:
+        """The data, without where they lie on this machine."""
+        return source_name(self.config.data.source)
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -109,11 +114,17 @@ def _for_timm(folder: Path, facts: Facts) -> bool:
     return facts.form == "hub-folder" and is_for_timm(folder)
 
 
+def source_name(source: str) -> str:
+    """A data source as others may know it: of a folder on this machine, its own name alone."""
+    kind, _, name = source.partition(":")
+    return f"{kind}:{path_of(name).resolve().name}" if path_of(name).exists() else source
+
+
 def _summary(facts: Facts) -> str:
     channels, height, width = facts.preprocessing.shape
     kind = "grey" if channels == 1 else "colour"
     return (
-        f"`{facts.config.model.name}`, trained on {facts.config.data.source}: {kind} images of {height}x{width} pixels "
+        f"`{facts.config.model.name}`, trained on {facts.source}: {kind} images of {height}x{width} pixels "
         f"to one of {len(facts.preprocessing.classes)} classes."
     )
 
@@ -151,13 +162,13 @@ def _limits(facts: Facts) -> list[str]:
     names = facts.preprocessing.classes
     shown = ", ".join(names[:_MOST_CLASSES]) + (", ..." if len(names) > _MOST_CLASSES else "")
     lines = [
-        f"For images like those of {facts.config.data.source}. What it does with others (another camera, another crop, "
+        f"For images like those of {facts.source}. What it does with others (another camera, another crop, "
         "another time) has not been measured.",
         f"It knows these classes alone, and gives one of them for every image, also where none is right: {shown}.",
         f"It sees {height}x{width} pixels: what cannot be told at that size, it cannot tell.",
         "Its probabilities were not calibrated: look at right and wrong ones before a threshold is set.",
-        f"It was trained on {len(facts.data.train):,} images, {counts.min():,} to {counts.max():,} of each class. What "
-        "is rare or missing among them, it has not learned.",
+        f"It was trained on {len(facts.data.train):,} images, {counts.min():,} of the rarest class and "
+        f"{counts.max():,} of the most frequent. What is missing among them, it has not learned.",
     ]
     config = facts.config.model
     if config.pretrained or config.hub_weights:
@@ -171,6 +182,7 @@ def _training(facts: Facts) -> str:
     summary, default = read_summary(facts.run_dir), shaping_settings(Config())
     differing = {key: value for key, value in shaping_settings(facts.config).items() if value != default[key]}
     hidden = {key: "(a file)" for key in _PLACES if differing.get(key)}
+    hidden |= {"data.source": facts.source} if "data.source" in differing else {}
     settings = [f"{key}: {value}" for key, value in (differing | hidden).items()]
     lines = ["Settings that differ from Lockstep's defaults:", "\n".join(["```", *settings, "```"])]
     steps = [f"{summary[key]} {key}" for key in ("steps", "epochs") if key in summary]
