@@ -96,4 +96,12 @@ def test_an_even_data_set_and_a_constant_rate_are_said_shortly(tmp_path: Path) -
     config = parse_config([*source, *steady, "--train.micro_batch_size=2", "--data.val_fraction=0"])
     data = build_data(config, tmp_path, write=False)
     told = describe(config, data, look(config, data))
+    assert not any("stall" in line for line in told)
     assert "labels: train: 5 of each class" in told and any(line.endswith("rate 0.003 throughout") for line in told)
+
+
+def test_a_plateau_is_not_foretold(tmp_path: Path) -> None:
+    config = parse_config(["--schedule.name=plateau", f"--data.cache_dir={tmp_path}"])
+    data = build_data(config, tmp_path, write=False)
+    told = describe(config, data, look(config, data))
+    assert any(line.endswith("0.003 throughout, while validation does not stall") for line in told)

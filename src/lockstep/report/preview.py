@@ -132,9 +132,15 @@ def describe(config: Config, data: Data, preview: Preview) -> list[str]:
         f"batch: {config.train.batch_size} images, {microbatches} x {preview.micro_batch_size}; the first microbatch:",
         f"  as decoded: {preview.before}",
         f"  as the network gets it: {preview.after}; targets {preview.targets}",
-        f"training: {preview.total_steps:,} steps, {preview.steps_per_epoch:,} an epoch; {_describe_rates(preview)}",
+        f"training: {preview.total_steps:,} steps, {preview.steps_per_epoch:,} an epoch; "
+        f"{_describe_rates(preview)}{_unless_it_stalls(config)}",
         *(f"duplicates: {line}" for line in _describe_duplicates(preview.duplicates)),
     ]
+
+
+def _unless_it_stalls(config: Config) -> str:
+    """What a plateau schedule will do, nobody can know yet."""
+    return ", while validation does not stall" if config.schedule.name == "plateau" else ""
 
 
 def _describe_rates(preview: Preview) -> str:
@@ -178,8 +184,8 @@ def draw_preview(folder: Path, config: Config, data: Data, preview: Preview) -> 
     drawn = [folder / "labels.png", folder / "schedule.png", draw_samples(folder, data)]
     plot_label_counts(preview.counts, names, drawn[0])
     epochs, rates = [step / preview.steps_per_epoch for step, _ in preview.rates], [rate for _, rate in preview.rates]
-    falls = ", if validation never stalls" if config.schedule.name == "plateau" else ""
-    plot_learning_rate(epochs, rates, f"{config.schedule.name}, {preview.total_steps:,} steps{falls}", drawn[1])
+    note = f"{config.schedule.name}, {preview.total_steps:,} steps{_unless_it_stalls(config)}"
+    plot_learning_rate(epochs, rates, note, drawn[1])
     if augmentation := draw_augmentation(folder, config, data):
         drawn.append(augmentation)
     if preview.duplicates.groups:
