@@ -130,7 +130,8 @@ def plot_samples(
 ) -> "Figure":
     """Grid of the first 25 images with a title of a line or more each; where `wrong` is true, title and frame are red.
 
-    images: uint8 (N, H, W, C), C = 1 or 3, N >= 1; columns: images in a row (default: about as many as rows). Raises ValueError if there is no image or lengths differ.
+    images: uint8 (N, H, W, C), C = 1 or 3, N >= 1; columns: images in a row (default: about as many as rows).
+    Raises ValueError if there is no image or lengths differ.
     """
     number = min(len(images), _MOST_SAMPLES)
     if number == 0:
