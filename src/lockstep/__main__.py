@@ -9,17 +9,19 @@ from lockstep.errors import UsageError, did_you_mean, one_line_errors
 COMMANDS = {
     "doctor": "look, in seconds, at everything a long job needs",
     "prepare": "fetch data and weights for machines without internet",
+    "preview": "look at what a training would see: batches, labels, duplicates, augmentation, learning rate",
     "report": "write the page of any run anew, report.html",
     "sweep": "list the tasks of a sweep file, train one of them, or all and compare them",
     "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
     "diagnose": "what is wrong with a run, if anything, and one thing to try",
+    "export": "a trained network for others: safetensors, torch.export, ONNX or a folder for the hub",
     "upload": "write runs to W&B anew, each from its run folder",
     "verify": "recompute a part of a run and compare it bit by bit",
 }
 """Each is a module in `commands/` with a `main(arguments)` that returns the exit code"""
 
 
-_AS_TRAINING = ("doctor", "prepare")
+_AS_TRAINING = ("doctor", "prepare", "preview")
 """Those that take train.py's arguments"""
 
 

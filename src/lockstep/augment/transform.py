@@ -99,13 +99,7 @@ class Transform:
         With augment.tta=flip: logarithms of the mean of its probabilities for the images and for their mirror images.
         """
         pixels = self.evaluate(images)
-        if self.config.tta == "none":
-            return model(pixels)
-        plain, mirrored = (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-            for logits in (model(pixels), model(pixels.flip(3)))
-        )
-        return torch.logaddexp(plain, mirrored) - math.log(2)
+        return model(pixels) if self.config.tta == "none" else mean_with_mirrored(model, pixels)
 
     def _sized(self, pixels: Tensor, epoch: int) -> Tensor:
         """The batch in the size of this epoch of progressive resizing."""
@@ -148,6 +142,15 @@ class Transform:
         for warp in self._wanted("warp"):
             matrices = warp.apply(keys, self.config, aspect) @ matrices
         return matrices
+
+
+def mean_with_mirrored(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Logarithms of the mean of a network's probabilities for images (B, C, H, W) and their mirror images."""
+    plain, mirrored = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        for logits in (model(pixels), model(pixels.flip(3)))
+    )
+    return torch.logaddexp(plain, mirrored) - math.log(2)
 
 
 def progressive_width(config: AugmentConfig, epoch: int, width: int) -> int:

@@ -121,11 +121,17 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
 
 
 def plot_samples(
-    images: "np.ndarray", titles: Sequence[str], path: Path, *, wrong: Sequence[bool] | None = None
+    images: "np.ndarray",
+    titles: Sequence[str],
+    path: Path,
+    *,
+    wrong: Sequence[bool] | None = None,
+    columns: int | None = None,
 ) -> "Figure":
     """Grid of the first 25 images with a title of a line or more each; where `wrong` is true, title and frame are red.
 
-    images: uint8 (N, H, W, C), C = 1 or 3, N >= 1. Raises ValueError if there is no image or lengths differ.
+    images: uint8 (N, H, W, C), C = 1 or 3, N >= 1; columns: images in a row (default: about as many as rows).
+    Raises ValueError if there is no image or lengths differ.
     """
     number = min(len(images), _MOST_SAMPLES)
     if number == 0:
@@ -135,7 +141,7 @@ def plot_samples(
     marks = [False] * len(images) if wrong is None else list(wrong)
     if not len(images) == len(titles) == len(marks):
         raise ValueError(f"{len(images)} images need as many titles and marks, not {len(titles)} and {len(marks)}")
-    columns = math.ceil(math.sqrt(number))
+    columns = columns or math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
     lines = 1 + max(title.count("\n") for title in titles[:number])
     room = 0.1 + 0.15 * lines  # above an image, in its widths

@@ -13,6 +13,7 @@ from lockstep.report.predictions import class_names, pixels, worst_mistakes
 from lockstep.report.ranking_figure import plot_rankings
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history
+from lockstep.settings.config import Config
 
 _GALLERY = 25
 
@@ -25,8 +26,8 @@ def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Pa
         "curves": curves,
         "confusion_matrix": draw_confusion(run.path, "test", predictions, data),
         "pr_roc": draw_rankings(run.path, "test", predictions, data),
-        "samples": _draw_samples(run, data),
-        "augmentation": _draw_augmentation(run, data),
+        "samples": draw_samples(run.path / "figures", data),
+        "augmentation": draw_augmentation(run.path / "figures", run.config, data),
         "mistakes": _draw_mistakes(run, predictions, data),
     }
     return {name: path for name, path in drawn.items() if path is not None}
@@ -49,19 +50,21 @@ def draw_rankings(folder: Path, split: str, predictions: Predictions, data: Data
     return path
 
 
-def _draw_samples(run: Run, data: Data) -> Path:
-    path, names = run.path / "figures" / "samples.png", class_names(data)
+def draw_samples(folder: Path, data: Data) -> Path:
+    """Draw the first training images; returns the picture's path."""
+    path, names = folder / "samples.png", class_names(data)
     first = np.arange(min(_GALLERY, len(data.train)))
     labels = data.train.labels[: len(first)].tolist()
     plot_samples(pixels(data.train, first), [names[max(label, 0)] for label in labels], path)
     return path
 
 
-def _draw_augmentation(run: Run, data: Data) -> Path | None:
-    samples = augmented_samples(run.config, data)
+def draw_augmentation(folder: Path, config: Config, data: Data) -> Path | None:
+    """Draw training images as epochs see them; returns the picture's path, None where augmentation changes nothing."""
+    samples = augmented_samples(config, data)
     if not samples:
         return None
-    path, names = run.path / "figures" / "augmentation.png", class_names(data)
+    path, names = folder / "augmentation.png", class_names(data)
     rows = [(names[int(data.train.labels[index])], images) for index, images in samples.items()]
     plot_gallery(rows, ["as it is", *(f"epoch {epoch}" for epoch in range(1, 1 + EPOCHS))], path)
     return path

@@ -9,8 +9,10 @@ is odd), several do but for one chance in 2**64.
 import hashlib
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lockstep.launch.sharding import whole
@@ -30,7 +32,7 @@ def digest(model: nn.Module, average: ExponentialAverage | None) -> Tensor:
     """
     parts: dict[str, Tensor] = dict(model.state_dict())
     if average is not None:
-        parts |= {f"average of {name}": value for name, value in average.state_dict().items()}
+        parts |= {_average_name(name): value for name, value in average.state_dict().items()}
     return digest_of(parts)
 
 
@@ -45,6 +47,20 @@ def digest_of(tensors: Mapping[str, Tensor]) -> Tensor:
         total = part if total is None else total + part
     assert total is not None, "a network without anything to learn"
     return total
+
+
+def digest_of_checkpoint(folder: Path, model: nn.Module) -> str | None:
+    """The digest that metrics.jsonl has for the step of a checkpoint of this network; None where `folder` is none."""
+    if not (folder / "model.safetensors").is_file():
+        return None
+    own, ema = load_file(folder / "model.safetensors"), folder / "ema.safetensors"
+    averages = load_file(ema) if ema.is_file() else {}
+    parts = {name: own[name] for name in model.state_dict()}  # in the order of the network: files have another
+    return as_text(int(digest_of(parts | {_average_name(name): averages[name] for name in parts if averages})))
+
+
+def _average_name(name: str) -> str:
+    return f"average of {name}"
 
 
 def _hash(bits: Tensor, seed: int) -> Tensor:

@@ -189,14 +189,15 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     parser.add_argument("--checkpoint", default="best", help="best, last, a checkpoint folder or a .safetensors file")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     known, overrides = parser.parse_known_args(arguments)
-    checkpoint = _find_checkpoint(known.run, known.checkpoint)
+    checkpoint = find_weights(known.run, known.checkpoint)
     folder = known.run or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     trained = trained_precision(folder) if known.run else []
     config = parse_config(["--config", str(folder / "config.yaml"), *trained, *overrides])
     return Evaluation(config, folder, checkpoint, known.split)
 
 
-def _find_checkpoint(run: Path | None, checkpoint: str) -> Path:
+def find_weights(run: Path | None, checkpoint: str) -> Path:
+    """The checkpoint `best` or `last` of a run, or any path; raises UsageError if it is not there."""
     named = checkpoint in ("best", "last")
     if run is None:
         if named:
