@@ -1,5 +1,6 @@
 """Launches that are not what they seem, produced for real, and ranks that fail: one message, no hang, no training."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -105,12 +106,15 @@ def test_evaluation_of_1_2_and_3_processes_is_identical(server: ForkServer, tmp_
     import pyarrow.parquet as pq
 
     server.run(1, tmp_path, *QUICK, "--run.name=run", f"--data.cache_dir={tmp_path / 'cache'}")
-    printed, tables = [], []
+    printed, tables, metrics = [], [], []
     for processes in (1, 2, 3):
         arguments = ("--run", "runs/run", "--split", "train", "--runtime.threads=1")
         said = server.run(processes, tmp_path, *arguments, program=ROOT / "eval.py")
         assert f"{processes} process" in said
-        printed.append([line for line in said.splitlines() if line.startswith(("accuracy", *"0123456789"))])
+        printed.append([line for line in said.splitlines() if line.startswith(("accuracy ", *"0123456789"))])
+        metrics.append(json.loads((tmp_path / "runs/run/metrics_train.json").read_text()))
+        assert f"{processes} process" in metrics[-1].pop("how")
         tables.append(pq.read_table(tmp_path / "runs/run/predictions_train.parquet"))
     assert len(printed[0]) == 11 and printed[0] == printed[1] == printed[2]
+    assert metrics[0] == metrics[1] == metrics[2] and metrics[0]["metrics"]["roc_auc"] > 0.5
     assert tables[0].num_rows == 1294 and tables[0].equals(tables[1]) and tables[0].equals(tables[2])

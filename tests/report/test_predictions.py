@@ -23,15 +23,18 @@ def test_the_class_table_is_scikit_learns(evaluated: tuple[Data, Predictions]) -
     data, metrics = evaluated
     every = list(range(12))
     scores = precision_recall_fscore_support(metrics.labels, metrics.predicted, labels=every, zero_division=0)
-    head, *rows, mean = class_table(metrics, data).splitlines()
+    head, *rows, mean, weighted = class_table(metrics, data).splitlines()
     assert head.split() == ["class", "precision", "recall", "f1", "samples"]
-    assert len({len(line) for line in (head, *rows, mean)}) == 1, "columns are not aligned"
+    assert len({len(line) for line in (head, *rows, mean, weighted)}) == 1, "columns are not aligned"
     for row, name, *expected in zip(rows, class_names(data), *scores, strict=True):
         assert row.split()[0] == name
         np.testing.assert_allclose([float(part) for part in row.split()[1:]], expected, atol=5.1e-5)
     assert mean.startswith("macro mean")
     wanted = [column.mean() for column in scores[:3]] + [359]
     np.testing.assert_allclose([float(part) for part in mean.split()[2:]], wanted, atol=5.1e-5)
+    assert weighted.startswith("weighted mean")
+    wanted = [np.average(column, weights=scores[3]) for column in scores[:3]] + [359]
+    np.testing.assert_allclose([float(part) for part in weighted.split()[2:]], wanted, atol=5.1e-5)
 
 
 def test_predictions_are_one_row_per_sample(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:

@@ -324,6 +324,12 @@ def test_a_checkpoint_alone_brings_its_own_settings(trained: Path) -> None:
     assert request.config.train.epochs != 7
 
 
+def test_a_temperature_is_given_or_fitted(trained: Path) -> None:
+    assert evaluation("--run", str(trained)).temperature is None
+    assert evaluation("--run", str(trained), "--temperature", "fit").temperature == "fit"
+    assert evaluation("--run", str(trained), "--temperature=1.5").temperature == 1.5
+
+
 def test_one_setting_can_be_changed_for_an_evaluation(trained: Path) -> None:
     request = evaluation("--run", str(trained), "--data.source=folder:/elsewhere", "--augment.mean=None")
     assert request.config.data.source == "folder:/elsewhere" and request.config.train.epochs == 7
@@ -353,3 +359,5 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained: Path, refusal: Refusal)
     choice = refused("--run", str(trained), "--split=tset")
     assert "--split" in choice and "'tset'" in choice and "'train', 'val', 'test'" in choice
     assert "--run" in refused("--run")
+    for wrong in ("hot", "0", "-1", "nan", "inf"):
+        assert f"'{wrong}' is neither fit nor a number above 0" in refused(f"--run={trained}", f"--temperature={wrong}")

@@ -7,6 +7,7 @@ import numpy as np
 
 from lockstep.data.images import Data, ImageSet
 from lockstep.evaluation.metrics import Predictions
+from lockstep.evaluation.scores import mean_scores
 from lockstep.files import written_aside
 
 
@@ -30,15 +31,17 @@ def worst_mistakes(predictions: Predictions, most: int) -> np.ndarray:
 
 
 def class_table(predictions: Predictions, data: Data) -> str:
-    """Precision, recall, F1 and number of samples of every class, and their means, as text."""
+    """Precision, recall, F1 and number of samples of every class, and their means over classes, as text."""
     names = class_names(data)
-    width = max(len("macro mean"), *map(len, names))
+    width = max(len("weighted mean"), *map(len, names))
     scores = predictions.per_class()
     lines = [f"{'class':<{width}}  precision  recall      f1  samples"]
     for name, precision, recall, f1, support in zip(names, *scores.values(), strict=True):
         lines.append(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
-    precision, recall, f1 = (float(scores[key].mean()) for key in ("precision", "recall", "f1"))
-    lines.append(f"{'macro mean':<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {len(predictions.samples):7d}")
+    for name, means in mean_scores(predictions).items():
+        precision, recall, f1 = means.values()
+        row = f"{precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {len(predictions.samples):7d}"
+        lines.append(f"{f'{name} mean':<{width}}  {row}")
     return "\n".join(lines)
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.data.images import Data
+from lockstep.evaluation.calibration import reliability
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.ranking import rank_classes
 from lockstep.report.augmented import EPOCHS, augmented_samples
 from lockstep.report.figures import plot_confusion_matrix, plot_curves, plot_gallery, plot_samples
 from lockstep.report.predictions import class_names, pixels, worst_mistakes
 from lockstep.report.ranking_figure import plot_rankings
+from lockstep.report.reliability_figure import plot_reliability
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history
 from lockstep.settings.config import Config
@@ -47,6 +49,13 @@ def draw_rankings(folder: Path, split: str, predictions: Predictions, data: Data
         return None
     path = folder / "figures" / ("pr_roc.png" if split == "test" else f"pr_roc_{split}.png")
     plot_rankings(rankings, class_names(data), path)
+    return path
+
+
+def draw_reliability(folder: Path, split: str, shown: dict[str, Predictions]) -> Path:
+    """Draw accuracy over confidence of a split, a panel for each title; returns the picture's path."""
+    path = folder / "figures" / ("reliability.png" if split == "test" else f"reliability_{split}.png")
+    plot_reliability({title: reliability(rows) for title, rows in shown.items()}, path)
     return path
 
 

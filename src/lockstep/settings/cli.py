@@ -6,13 +6,14 @@ argparse reads flags from left to right, and a recipe's settings take their plac
 import argparse
 import ast
 import inspect
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lockstep.errors import UsageError, UserError, did_you_mean, print_line
 from lockstep.files import path_of, read_json
@@ -174,6 +175,7 @@ class Evaluation:
     """Where results go: the run folder, or the checkpoint's own"""
     checkpoint: Path
     split: str
+    temperature: float | Literal["fit"] | None = None
 
 
 def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
@@ -181,19 +183,33 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     parser = _Parser(
         prog="eval.py",
         usage="accelerate launch eval.py --run runs/NAME [--checkpoint best|last|PATH] [--split test] "
-        "[--section.key=value ...]",
+        "[--temperature fit] [--section.key=value ...]",
         description="Exact metrics of a checkpoint. Settings are the training's; --section.key=value changes one.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run folder, runs/NAME")
     parser.add_argument("--checkpoint", default="best", help="best, last, a checkpoint folder or a .safetensors file")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    text = "what logits are divided by: a number, or fit, which finds the best for the validation split; default: none"
+    parser.add_argument("--temperature", type=_temperature, metavar="fit|NUMBER", help=text)
     known, overrides = parser.parse_known_args(arguments)
     checkpoint = find_weights(known.run, known.checkpoint)
     folder = known.run or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     trained = trained_precision(folder) if known.run else []
     config = parse_config(["--config", str(folder / "config.yaml"), *trained, *overrides])
-    return Evaluation(config, folder, checkpoint, known.split)
+    return Evaluation(config, folder, checkpoint, known.split, known.temperature)
+
+
+def _temperature(text: str) -> float | Literal["fit"]:
+    if text == "fit":
+        return "fit"
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither fit nor a number above 0")
+    return value
 
 
 def find_weights(run: Path | None, checkpoint: str) -> Path:
