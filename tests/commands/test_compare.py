@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import folders
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from folders import finished, lines
@@ -270,3 +272,56 @@ def test_the_figure_is_drawn_where_it_is_asked_for(sweep: Path, tmp_path: Path) 
     main([str(sweep), "--figure", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "runs"]
+
+
+# ---- Predictions of two runs -----------------------------------------------------------------------------------------
+
+
+def predicted(folder: Path, right: list[int], samples: list[int] | None = None, data: str = "abc") -> str:
+    """What eval.py leaves of samples that are all cats: 1 is taken for one, 0 for a dog."""
+    columns = {
+        "sample": samples or list(range(len(right))),
+        "label": ["cat"] * len(right),
+        "prediction": ["dog cat".split()[hit] for hit in right],
+    }
+    folder.mkdir()
+    pq.write_table(pa.table(columns).replace_schema_metadata({"data": data}), folder / "predictions_test.parquet")
+    return str(folder)
+
+
+def test_two_runs_are_compared_sample_by_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = predicted(tmp_path / "a", [1, 1, 1, 1, 0, 0, 0, 0, 1, 1])
+    b = predicted(tmp_path / "b", [1, 1, 0, 1, 1, 1, 1, 0, 1, 1][::-1], samples=list(range(9, -1, -1)))
+    assert main(["--predictions", a, b]) == 0
+    count, first, second, difference = capsys.readouterr().out.splitlines()
+    assert count == "10 samples of the test split"
+    assert first == f"{a}  accuracy 60.00%  alone right on 1"
+    assert second == f"{b}  accuracy 80.00%  alone right on 3"
+    assert difference.startswith("difference +20.00 points, 95 % interval -20.00 to +60.00 (paired")
+    assert difference.endswith("McNemar's exact test: p = 0.625")
+
+
+def test_predictions_of_other_samples_are_refused(tmp_path: Path) -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(UserError) as caught:
+            main([*arguments, "--predictions"])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    a = predicted(tmp_path / "a", [1, 0, 1])
+    assert "3 and 2 samples, 2 of them in both" in refused(a, predicted(tmp_path / "fewer", [1, 0]))
+    assert "2 of them in both" in refused(a, predicted(tmp_path / "moved", [1, 0, 1], samples=[0, 1, 5]))
+    assert "content abc and xyz" in refused(a, predicted(tmp_path / "other", [1, 0, 1], data="xyz"))
+    renamed = tmp_path / "renamed"
+    predicted(renamed, [1, 0, 1])
+    table = pq.read_table(renamed / "predictions_test.parquet")
+    changed = table.set_column(1, "label", pa.array(["cat", "dog", "cat"]))
+    pq.write_table(changed, renamed / "predictions_test.parquet")
+    assert "sample 1 is cat in one, dog in the other" in refused(a, str(renamed))
+    assert "eval.py --run" in refused(a, str(tmp_path / "nowhere"))
+    (renamed / "predictions_test.parquet").write_text("not a table")
+    assert "is damaged" in refused(a, str(renamed))
+    pq.write_table(pa.table({"sample": [1]}), renamed / "predictions_test.parquet")
+    assert "is damaged" in refused(a, str(renamed))
+    assert "eval.py --run" in refused(a, a, "--split=val")
+    assert "two folders, not 1" in refused(a)

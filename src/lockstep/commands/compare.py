@@ -4,6 +4,9 @@ RUN is a run folder, a folder of run folders, or a glob in quotes. Runs that dif
 Of runs with the same settings and seed it is told through which step they are equal to the last bit: every training
 line of metrics.jsonl has the digest of all weights after its step. Of exactly two runs the weights are compared, too,
 and where the runs part, the numerics of both tell why they may. Nothing but the run folders is read.
+
+`lockstep compare --predictions RUN RUN` tells instead whether two networks differ on the same samples by more than
+chance, from the predictions that eval.py has written.
 """
 
 import argparse
@@ -13,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.errors import UserError
+from lockstep.errors import UsageError, UserError
 from lockstep.report.comparison import Group, RunRecord, find_runs, group_runs, read_runs
 from lockstep.report.tables import (
     Table,
@@ -38,6 +41,8 @@ _WEIGHTS = ("checkpoints", "model.safetensors")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; 1 if there are two runs of one training whose weights differ too much, else 0."""
     options = _parser().parse_args(arguments)
+    if options.predictions:
+        return _compare_predictions(options.runs, options.split)
     folders = find_runs(options.runs)
     named = {Path(text) for text in options.runs}
     is_pair = len(folders) == 2
@@ -72,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--checkpoint", default="last", help="last, best or step_<8 digits>; default: last")
     pair.add_argument("--tolerance", type=float, help="largest accepted difference; default: 1e-12")
     pair.add_argument("--per_tensor", action="store_true", help="one line per tensor")
+    text = "only whether their accuracies differ by more than chance, by what eval.py wrote into them"
+    pair.add_argument("--predictions", action="store_true", help=text)
+    pair.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="of --predictions; default: test"
+    )
     return parser
 
 
@@ -140,6 +150,30 @@ def _compare_pair(folders: Sequence[Path], options: argparse.Namespace) -> int:
         return 0
     code = _compare_weights(folders, options)
     return 0 if changes and options.tolerance is None else code
+
+
+def _compare_predictions(runs: Sequence[str], split: str) -> int:
+    """Print McNemar's test and the interval of the difference, of what eval.py wrote into two folders."""
+    from lockstep.evaluation.chance import pair
+    from lockstep.report.predictions import read_predictions, require_same_samples
+
+    if len(runs) != 2:
+        raise UsageError(f"--predictions compares two folders, not {len(runs)}")
+    first, second = (read_predictions(Path(run), split) for run in runs)
+    require_same_samples(first, second)
+    found = pair(first.right, second.right)
+    low, high = (100 * edge for edge in found.interval)
+    width = max(map(len, runs))
+    print(f"{found.samples} samples of the {split} split")
+    for run, accuracy, alone in zip(
+        runs, (found.first, found.second), (found.only_first, found.only_second), strict=True
+    ):
+        print(f"{run:<{width}}  accuracy {accuracy:.2%}  alone right on {alone}")
+    print(
+        f"difference {100 * (found.second - found.first):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} "
+        f"(paired bootstrap); McNemar's exact test: p = {found.p:.3g}"
+    )
+    return 0
 
 
 def _describe_numerics(one: Path, other: Path) -> str:

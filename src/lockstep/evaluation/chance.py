@@ -1,5 +1,7 @@
 """How much of a result is chance: the bootstrap, and McNemar's test of two networks on the same samples."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 _RESAMPLES = 10_000
@@ -27,3 +29,28 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two networks on the same samples."""
+
+    samples: int
+    first: float
+    """Accuracy"""
+    second: float
+    only_first: int
+    """Samples that the first network alone has right"""
+    only_second: int
+    interval: tuple[float, float]
+    """95 % of second - first, by bootstrap over the samples"""
+    p: float
+    """McNemar's"""
+
+
+def pair(first: np.ndarray, second: np.ndarray) -> Paired:
+    """Compare which samples two networks have right, bool (N,) each."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    interval = bootstrap_interval(second.astype(int) - first.astype(int))
+    means = float(first.mean()), float(second.mean())
+    return Paired(len(first), *means, only_first, only_second, interval, mcnemar(only_first, only_second))

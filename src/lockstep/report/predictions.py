@@ -1,14 +1,16 @@
 """What a network predicted: a table per class, a file with a row per sample, and the images behind the rows."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.data.images import Data, ImageSet
+from lockstep.errors import UserError, first_line
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.scores import mean_scores
-from lockstep.files import written_aside
+from lockstep.files import require_plain_file, written_aside
 
 
 def class_names(data: Data) -> list[str]:
@@ -50,7 +52,7 @@ def write_predictions(folder: Path, split: str, predictions: Predictions, images
 
     Columns: sample (row in the source's split), image (its file, or how messages name it), label, prediction,
     confidence, loss, and, where they were kept, probabilities (a list in the order of the classes, which the file's
-    metadata name).
+    metadata name, beside the digest of the data's content).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -67,8 +69,54 @@ def write_predictions(folder: Path, split: str, predictions: Predictions, images
     if predictions.probabilities is not None:
         flat = pa.array(predictions.probabilities.ravel())
         columns["probabilities"] = pa.FixedSizeListArray.from_arrays(flat, predictions.num_classes)
-    table = pa.table(columns).replace_schema_metadata({"classes": json.dumps(names.tolist())})
+    described = {"classes": json.dumps(names.tolist()), "data": str(data.identity["content"])}
+    table = pa.table(columns).replace_schema_metadata(described)
     path = folder / f"predictions_{split}.parquet"
     with written_aside(path) as file:
         pq.write_table(table, file)
     return path
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a file of predictions says of each sample, in the samples' order, and the digest of the data."""
+
+    samples: np.ndarray
+    labels: np.ndarray
+    """Names of classes"""
+    right: np.ndarray
+    data: str
+
+
+def read_predictions(folder: Path, split: str) -> Judged:
+    """The samples of `predictions_<split>.parquet`; raises UserError if it is not there, or no such file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / f"predictions_{split}.parquet"
+    if not path.exists():
+        raise UserError(f"there is no {path}: eval.py --run {folder} --split {split} writes it")
+    require_plain_file(path)
+    try:
+        table = pq.read_table(path, columns=["sample", "label", "prediction"])
+        samples, labels, predicted = (table[name].to_numpy() for name in ("sample", "label", "prediction"))
+    except (pa.ArrowException, OSError, KeyError) as damage:
+        raise UserError(f"{path} is damaged ({first_line(damage)}): eval.py writes it anew") from damage
+    order = np.argsort(samples, kind="stable")
+    digest = (table.schema.metadata or {}).get(b"data", b"").decode()
+    return Judged(samples[order], labels[order], (labels == predicted)[order], digest)
+
+
+def require_same_samples(first: Judged, second: Judged) -> None:
+    """Raise UserError, with what differs, unless two files of predictions are of the same samples."""
+    cause = ""
+    if first.data and second.data and first.data != second.data:
+        cause = f"data of content {first.data} and {second.data}"
+    elif not np.array_equal(first.samples, second.samples):
+        common = len(np.intersect1d(first.samples, second.samples))
+        cause = f"{len(first.samples)} and {len(second.samples)} samples, {common} of them in both"
+    elif not np.array_equal(first.labels, second.labels):
+        place = int(np.flatnonzero(first.labels != second.labels)[0])
+        cause = f"sample {first.samples[place]} is {first.labels[place]} in one, {second.labels[place]} in the other"
+    if cause:
+        raise UserError(f"these are predictions of different samples ({cause}): evaluate both on the same data")
