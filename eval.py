@@ -4,6 +4,7 @@
     accelerate launch eval.py --run runs/<name> --checkpoint last --split val
     accelerate launch eval.py --run runs/<name> --temperature fit           # calibrated on the validation split, too
     accelerate launch eval.py --checkpoint runs/<name>/checkpoints/step_00000400
+    accelerate launch eval.py --run runs/<name> --images photos/            # the classes of images without labels
 
 Settings are those of the training, its precision included; --section.key=value changes one.
 """
@@ -18,40 +19,44 @@ if __name__ == "__main__":
 
 from dataclasses import replace
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from lockstep.augment.transform import build_transform
-from lockstep.data.images import ImageSet, build_data
-from lockstep.data.loader import EvaluationLoader
-from lockstep.data.sources.source import Identity
+from lockstep.data.images import ImageSet
+from lockstep.data.loader import EvaluationLoader, evaluation_batch
+from lockstep.data.loose import load_files
 from lockstep.evaluation.calibration import fit_temperature
 from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
-from lockstep.launch.accelerator import build_accelerator, end_program
+from lockstep.evaluation.predict import predict
+from lockstep.launch.accelerator import Launch, build_accelerator, end_program
 from lockstep.models.network import build_model
 from lockstep.models.weights import load_weights, put_weights
 from lockstep.report.evaluation import Evaluated, report_evaluation
-from lockstep.run.folder import difference_of_data
+from lockstep.report.loose_images import LoosePredictions, report_images
+from lockstep.run.inputs import NetworkInput, input_of, loose_differences, open_data, read_input
 from lockstep.settings.cli import Evaluation
 
 
-def evaluate_checkpoint(request: Evaluation) -> None:
+def load_model(request: Evaluation, accelerator: Accelerator, launch: Launch, images: NetworkInput) -> nn.Module:
     config = request.config
-    accelerator, launch = build_accelerator(config.runtime)
-
-    def accept(identity: Identity) -> None:
-        launch.require_alike("data", identity)
-        if note := difference_of_data(request.folder, config, identity):
-            launch.say(note)
-
-    data = build_data(config, request.folder, write=False, accept=accept)
-    model = build_model(replace(config.model, pretrained=False, checkpoint=None), data.image_shape, data.num_classes)
+    bare = replace(config.model, pretrained=False, checkpoint=None)
+    model = build_model(bare, images.image_shape, images.num_classes)
     put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
     model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
-    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+
+def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch) -> None:
+    config = request.config
+    data = open_data(request.folder, config, launch, request.split)
+    model = load_model(request, accelerator, launch, input_of(data))
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
 
-    def predict(split: str) -> tuple[ImageSet, Predictions]:
+    def judge(split: str) -> tuple[ImageSet, Predictions]:
         images = {"train": data.train, "val": data.val, "test": data.test}[split]
         if images is None:
             raise UserError(f"this run has no {split} split (data.val_fraction=0)")
@@ -62,15 +67,37 @@ def evaluate_checkpoint(request: Evaluation) -> None:
 
     temperature = None
     if request.temperature == "fit":
-        temperature = fit_temperature(predict("val")[1]), "fitted to the val split"
+        temperature = fit_temperature(judge("val")[1]), "fitted to the val split"
     elif request.temperature is not None:
         temperature = request.temperature, "as given"
-    images, predictions = predict(request.split)
-
+    images, predictions = judge(request.split)
     if launch.is_main:
         how = f"{launch.precision_name}, {launch.num_processes} process{'es' * (launch.num_processes > 1)}"
         done = Evaluated(config, request.folder, request.checkpoint, request.split, images, data, predictions)
         report_evaluation(replace(done, temperature=temperature), how)
+
+
+def predict_images(request: Evaluation, accelerator: Accelerator, launch: Launch) -> None:
+    assert request.images is not None
+    trained = read_input(request.folder) or input_of(open_data(request.folder, request.config, launch))
+    used = trained.under(request.config.augment)
+    for note in loose_differences(trained, used):
+        launch.say(note)
+    model = load_model(request, accelerator, launch, used)
+    transform = build_transform(request.config, used.mean, used.std, used.num_classes, precropped=False)
+    found = LoosePredictions(used.names)
+    temperature = request.temperature if isinstance(request.temperature, float) else 1.0
+    for batch in load_files(request.images, used.image_shape, used.resize_size, evaluation_batch(used.image_shape)):
+        read = [image.pixels for image in batch if image.pixels is not None]
+        probabilities = predict(model, transform, np.stack(read), launch.device, temperature) if read else np.empty(0)
+        found.add(batch, probabilities)
+    if launch.is_main:
+        report_images(request.folder, found)
+
+
+def evaluate_checkpoint(request: Evaluation) -> None:
+    accelerator, launch = build_accelerator(request.config.runtime)
+    (evaluate_split if request.images is None else predict_images)(request, accelerator, launch)
 
 
 if __name__ == "__main__":

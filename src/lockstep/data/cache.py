@@ -22,7 +22,7 @@ from lockstep.lease import held
 _logger = logging.getLogger(__name__)
 
 _RULE_VERSION = 2  # raise it when `decode` gives other pixels
-_SKIP = "set --data.on_error=skip"
+SKIP = "set --data.on_error=skip"
 _BLOCK = 2048  # images decoded between two writes
 _TASK = 32  # images per task of the thread pool: one alone is too short to pay for the hand-over
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
@@ -56,10 +56,10 @@ def open_image(split: Split, row: int) -> Image.Image:
         return _upright(_first_frame(split.read(row)))
     except OSError as error:
         if error.errno in (None, errno.ENOENT, errno.EISDIR):
-            raise UnreadableImage(f"{_broken(split, row, error)}, or {_SKIP}") from error
+            raise UnreadableImage(f"{_broken(split, row, error)}, or {SKIP}") from error
         raise UserError(_broken(split, row, error)) from error
     except _DECODING_ERRORS as error:
-        raise UnreadableImage(f"{_broken(split, row, error)}, or {_SKIP}") from error
+        raise UnreadableImage(f"{_broken(split, row, error)}, or {SKIP}") from error
 
 
 def _first_frame(image: Image.Image) -> Image.Image:

@@ -25,6 +25,7 @@ from lockstep.report.run_page import PAGE, write_run_page
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
 from lockstep.run.history import read_history, read_starts
+from lockstep.run.inputs import write_input
 from lockstep.run.tracker import Tracker, build_tracker
 from lockstep.settings.config import RuntimeConfig
 from lockstep.training.calendar import Calendar
@@ -41,6 +42,7 @@ def open_tracker(
     if launch.is_main:
         kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads(), "data": data.identity}
         run.create(**kept, **({"origin": progress.origin} if progress.origin else {}))
+        write_input(run.path, data)
     changes, numerics = changed_numerics(run.path, config.runtime, launch), numerics_of(config.runtime, launch)
     environment = (
         describe_environment()

@@ -176,6 +176,8 @@ class Evaluation:
     checkpoint: Path
     split: str
     temperature: float | Literal["fit"] | None = None
+    images: Path | None = None
+    """Of a file or folder, instead of a split's"""
 
 
 def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
@@ -183,7 +185,7 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     parser = _Parser(
         prog="eval.py",
         usage="accelerate launch eval.py --run runs/NAME [--checkpoint best|last|PATH] [--split test] "
-        "[--temperature fit] [--section.key=value ...]",
+        "[--temperature fit] [--images PATH] [--section.key=value ...]",
         description="Exact metrics of a checkpoint. Settings are the training's; --section.key=value changes one.",
         allow_abbrev=False,
     )
@@ -192,12 +194,16 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     text = "what logits are divided by: a number, or fit, which finds the best for the validation split; default: none"
     parser.add_argument("--temperature", type=_temperature, metavar="fit|NUMBER", help=text)
+    text = "predict the classes of an image file, or of all in a folder, instead of evaluating a split"
+    parser.add_argument("--images", type=Path, metavar="PATH", help=text)
     known, overrides = parser.parse_known_args(arguments)
+    if known.images is not None and known.temperature == "fit":
+        raise UsageError("--images have no labels to fit a temperature to: give the number that --split=val found")
     checkpoint = find_weights(known.run, known.checkpoint)
     folder = known.run or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     trained = trained_precision(folder) if known.run else []
     config = parse_config(["--config", str(folder / "config.yaml"), *trained, *overrides])
-    return Evaluation(config, folder, checkpoint, known.split, known.temperature)
+    return Evaluation(config, folder, checkpoint, known.split, known.temperature, known.images)
 
 
 def _temperature(text: str) -> float | Literal["fit"]:
