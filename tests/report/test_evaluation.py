@@ -23,6 +23,13 @@ def assert_picture(path: Path) -> None:
 CONFIG = Config(log=LogConfig(wandb="disabled"))
 
 
+@pytest.fixture(autouse=True)
+def without_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have tests of their own, in test_run_figures.py."""
+    for name in ("draw_confusion", "draw_rankings"):
+        monkeypatch.setattr(f"lockstep.report.evaluation.{name}", lambda *_: None)
+
+
 def test_every_number_is_printed_and_written(
     tmp_path: Path, evaluated: tuple[Data, Predictions], capsys: pytest.CaptureFixture[str]
 ) -> None:
