@@ -20,7 +20,8 @@ from lockstep.augment.policy import Record as PolicyRecord
 from lockstep.augment.transform import Record as TransformRecord
 from lockstep.data.sources.source import RowName, Source, Split
 from lockstep.errors import UserError
-from lockstep.evaluation.metrics import Metric
+from lockstep.evaluation.metrics import Metric, Predictions
+from lockstep.evaluation.scores import Score, scores
 from lockstep.models.network import Network
 from lockstep.settings.cli import parse_config
 from lockstep.training.learner import check_names
@@ -48,8 +49,8 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 
 
 def test_the_table_was_read() -> None:
-    kinds = {"network", "optimizer", "schedule", "loss", "transform", "policy", "metric", "data source", "command"}
-    assert set(ROWS) == kinds
+    kinds = {"network", "optimizer", "schedule", "loss", "transform", "policy", "metric", "score", "data source"}
+    assert set(ROWS) == {*kinds, "command"}
 
 
 def short(train_here: Train, *arguments: str) -> list[dict[str, Any]]:
@@ -118,6 +119,13 @@ def test_a_metric(add: Callable[[str, Any], None], train_here: Train) -> None:
     add("metric", Metric(lambda rows: float((rows.predicted != rows.labels).mean())))
     _, _, val, test = short(train_here)
     assert (val["mine"], test["mine"]) == (pytest.approx(1 - val["accuracy"]), pytest.approx(1 - test["accuracy"]))
+
+
+def test_a_score(add: Callable[[str, Any], None]) -> None:
+    add("score", Score(lambda rows: float(rows.confidences.mean())))
+    labels = np.array([0, 1, 1])
+    rows = Predictions(np.arange(3), labels, labels, np.array([0.5, 0.6, 1.0]), np.zeros(3), np.zeros(3), 2)
+    assert scores(rows)["mine"] == pytest.approx(0.7)
 
 
 def test_a_data_source(add: Callable[[str, Any], None], train_here: Train) -> None:
