@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.data.images import Data, ImageSet
+from lockstep.errors import print_line
 from lockstep.evaluation.calibration import at_temperature
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.scores import mean_scores, scores
@@ -41,18 +42,18 @@ class Evaluated:
 def report_evaluation(e: Evaluated, how: str) -> None:
     """Print and write everything; `how`: precision and processes, in words. For the main process."""
     rows = e.predictions
-    print(f"{e.checkpoint}, {e.split} split: {len(rows.samples)} samples, {how}")
-    print(f"accuracy {rows.accuracy!r} ({rows.accuracy:.2%})  loss {rows.loss!r}")
-    print(class_table(rows, e.data))
+    print_line(f"{e.checkpoint}, {e.split} split: {len(rows.samples)} samples, {how}")
+    print_line(f"accuracy {rows.accuracy!r} ({rows.accuracy:.2%})  loss {rows.loss!r}")
+    print_line(class_table(rows, e.data))
     metrics = metrics_of(e)
-    print(describe_scores(metrics))
+    print_line(describe_scores(metrics))
     write_json(e.folder / f"metrics_{e.split}.json", {**metrics, "how": how})
-    print(f"metrics: {e.folder / f'metrics_{e.split}.json'}")
-    print(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
-    print(f"confusion matrix: {draw_confusion(e.folder, e.split, rows, e.data)}")
+    print_line(f"metrics: {e.folder / f'metrics_{e.split}.json'}")
+    print_line(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
+    print_line(f"confusion matrix: {draw_confusion(e.folder, e.split, rows, e.data)}")
     if curves := draw_rankings(e.folder, e.split, rows, e.data):
-        print(f"precision, recall and ROC: {curves}")
-    print(f"calibration: {_draw_calibration(e)}")
+        print_line(f"precision, recall and ROC: {curves}")
+    print_line(f"calibration: {_draw_calibration(e)}")
     if e.config.log.wandb != "disabled":
         with not_fatal("W&B has no copy of this evaluation"):
             _copy_to_wandb(e, metrics["metrics"])

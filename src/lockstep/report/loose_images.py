@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.data.loose import LooseImage
-from lockstep.errors import UserError
+from lockstep.errors import UserError, print_line
 from lockstep.files import replace_file, written_aside
 from lockstep.report.figures import plot_samples
 
@@ -50,18 +50,18 @@ class LoosePredictions:
 def report_images(folder: Path, found: LoosePredictions) -> None:
     """Print and write everything into `folder`; raises UserError, after all lines, if no file was an image."""
     for problem in found.problems.values():
-        print(f"left out: {_plain(problem)}")
+        print_line(f"left out: {_plain(problem)}")
     if not found.names:
         raise UserError(f"--images: none of {len(found.problems)} files is an image that can be read")
-    print(describe_images(found))
-    print(f"predictions: {_write_table(folder, found)}, {_write_csv(folder, found)}")
+    print_line(describe_images(found))
+    print_line(f"predictions: {_write_table(folder, found)}, {_write_csv(folder, found)}")
     path = folder / "figures" / "images.png"
     titles = []
     for row, name in enumerate(found.names[: len(found.shown)]):
         ((best, share),) = found.best(row, 1)
         titles.append(f"{_short(_plain(name), _LONGEST_TITLE)}\n{best[:_LONGEST_TITLE]} {share:.1%}")
     plot_samples(np.stack(found.shown), titles, path)
-    print(f"gallery: {path}")
+    print_line(f"gallery: {path}")
 
 
 def describe_images(found: LoosePredictions) -> str:
