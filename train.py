@@ -56,9 +56,9 @@ def train(config: Config) -> int:
 
     Raises UserError for what the user can mend.
     """
-    config = complete(config)
-    require_trackers(config.log.trackers)
     accelerator, launch = build_accelerator(config.runtime)
+    config = complete(config, launch.say)
+    require_trackers(config.log.trackers)
     launch.require_alike("settings", common_settings(config))
     run = open_run(config, launch)
     if run.is_finished:

@@ -54,6 +54,7 @@ ORDER = [
     "data.sources.folder",
     "data.sources.synthetic",
     "data.sources.kinds",
+    "data.portions",
     "data.cache",
     "data.images",
     "data.duplicates",

@@ -7,15 +7,18 @@ import multiprocessing
 import os
 import resource
 import signal
+import struct
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, open_image
 from lockstep.data.sources.kinds import open_source
@@ -264,6 +267,58 @@ def test_decode_converts_modes() -> None:
     for mode in ("P", "RGBA", "CMYK"):
         assert decode(red.convert(mode), (2, 3, 3), None)[1, 2].tolist()[0] > 250
     assert decode(Image.new("1", (3, 2), 1), (2, 3, 1), None).tolist() == [[[255]] * 3] * 2
+
+
+def see_through(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+_FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (9, 7))]}
+_PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+FILES: dict[str, tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]] = {
+    "cmyk.jpg": (lambda image: image.convert("CMYK"), {}),
+    "palette.png": (lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE), {}),
+    "palette with a transparent colour.png": (lambda image: image.convert("P"), {"transparency": 3}),
+    "transparent.png": (see_through, {}),
+    "transparent.webp": (see_through, {"lossless": True}),
+    "grey and transparent.png": (lambda image: see_through(image).convert("LA"), {}),
+    "black and white.png": (lambda image: image.convert("1"), {}),
+    "lab.tif": (lambda image: ImageCms.profileToProfile(image, *_PROFILES, outputMode="LAB"), {}),
+    "several frames.gif": (lambda image: image.convert("P"), _FRAMES),
+    "several frames.webp": (lambda image: image, _FRAMES),
+    "several pages.tif": (lambda image: image, _FRAMES),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_of_all_kinds_are_what_pil_makes_of_them(name: str, channels: int, tmp_path: Path) -> None:
+    """PIL's own conversion of the first frame, as torchvision and timm have it: transparency is dropped."""
+    change, arguments = FILES[name]
+    noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    change(Image.fromarray(noise)).save(tmp_path / name, **arguments)
+    split = Split("train", np.zeros(1), lambda row: open_encoded(str(tmp_path / name)), str)
+    with Image.open(tmp_path / name) as image:
+        image = image.convert("RGB") if image.mode == "LAB" else image
+        expected = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(7, 9, channels)
+    assert np.ptp(expected) > 100
+    assert np.array_equal(decode_row(split, 0, (7, 9, channels), None), expected)
+
+
+def test_sixteen_bit_colour_is_its_upper_byte(tmp_path: Path) -> None:
+    """PIL reads it so; a PNG of two pixels is written here, as PIL writes none of that depth."""
+    pixels = np.array([[[0x0102, 0x8000, 0xFFFF], [0x00FF, 0x0100, 0x7FFF]]], dtype=">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    split = Split("train", np.zeros(1), lambda row: open_encoded(io.BytesIO(content)), str)
+    assert decode_row(split, 0, (1, 2, 3), None).tolist() == [[[1, 0x80, 0xFF], [0, 1, 0x7F]]]
 
 
 def test_sixteen_bit_grey_keeps_its_range_and_wider_pixels_are_refused(tmp_path) -> None:

@@ -114,6 +114,21 @@ def test_validation_is_the_sources_own_or_none(tmp_path) -> None:
     assert shared.test is shared.val  # a source without test split
 
 
+def test_without_a_test_set_the_validation_set_tests(tmp_path) -> None:
+    source = make_folder(tmp_path / "set", [(8, 8)] * 6, ("",))
+    data = build(tmp_path, source, test_fraction=0.0, val_fraction=0.25)
+    assert data.val is data.test and (len(data.train), len(data.test)) == (9, 3)
+    with pytest.raises(ValueError, match="nothing to test on: raise --data.test_fraction or --data.val_fraction"):
+        build(tmp_path, source, test_fraction=0.0, val_fraction=0.0)
+
+
+def test_few_samples_of_a_source_with_its_own_splits(tmp_path) -> None:
+    data = build(tmp_path, make_folder(tmp_path / "set", [(8, 8)] * 5), samples_per_class=2)
+    assert data.val is not None and (len(data.train), len(data.val)) == (4, 10)
+    assert data.train.labels.tolist() == data.train.drawn_labels.tolist() == [0, 0, 1, 1]
+    assert (tmp_path / "run" / "split.json").exists()
+
+
 def test_sizes_must_agree_unless_a_size_is_set(tmp_path) -> None:
     source = make_folder(tmp_path / "set", [(9, 8), (9, 8), (8, 9)])
     with pytest.raises(ValueError, match=r"/2.png is 9x8 where others are 8x9: set --augment.image_size"):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.data.split import draw_validation_split, load_or_draw_split
+from lockstep.data.split import divide, draw_fold, draw_validation_split, load_or_draw_split
+from lockstep.errors import UserError
 from lockstep.settings.config import DataConfig
 
 LABELS = np.repeat([0, 1, 2], [50, 30, 20])
@@ -97,3 +98,62 @@ def test_impossible_indices_are_refused(tmp_path, indices: list) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"val_indices": indices}))
     with pytest.raises(ValueError, match="val_indices"):
         load_or_draw_split(path, LABELS, DataConfig(val_fraction=0.02), 0, write=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(5, 30), min_size=2, max_size=6), folds=st.integers(2, 5), seed=st.integers(0, 2**63))
+def test_folds_hold_every_sample_once_and_every_class_alike(sizes: list[int], folds: int, seed: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    parts = [draw_fold(labels, folds, fold, seed) for fold in range(folds)]
+    assert np.array_equal(np.sort(np.concatenate([val for _, val in parts])), np.arange(len(labels)))
+    for train, val in parts:
+        assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(len(labels)))
+    counts = np.array([np.bincount(labels[val], minlength=len(sizes)) for _, val in parts])
+    assert np.ptp(counts, axis=0).max() <= 1 and np.ptp(counts.sum(axis=1)) <= 1
+
+
+def test_folds_follow_the_seed_and_never_change() -> None:
+    assert draw_fold(LABELS, 20, 0, seed=7)[1].tolist() == PINNED_FOLD
+    assert draw_fold(LABELS, 20, 0, seed=8)[1].tolist() != PINNED_FOLD
+
+
+PINNED_FOLD = [28, 34, 42, 51, 93]
+
+
+def test_a_class_that_a_fold_would_take_whole_is_refused() -> None:
+    with pytest.raises(UserError, match="--data.folds=3 leaves .* 9 images, 1 of the smallest class"):
+        for fold in range(3):
+            draw_fold(np.array([0] * 8 + [1]), 3, fold, seed=0)
+    with pytest.raises(UserError, match="--data.folds=30 leaves a fold without images"):
+        draw_fold(np.array([0, 1] * 6), 30, 29, seed=0)
+
+
+def test_few_samples_are_as_many_of_each_class_and_never_held_out_ones() -> None:
+    few, val = divide(LABELS, DataConfig(val_fraction=0.2, samples_per_class=4), 3)
+    more, same_val = divide(LABELS, DataConfig(val_fraction=0.2, samples_per_class=9), 3)
+    assert np.bincount(LABELS[few]).tolist() == [4, 4, 4] and np.all(np.diff(few) > 0)
+    assert np.array_equal(val, same_val) and not set(val) & set(more)
+    assert set(few) < set(more)  # so that curves over the number of samples are those of growing sets
+    draws = [divide(LABELS, DataConfig(val_fraction=0.0, samples_per_class=4), seed)[0].tolist() for seed in (3, 4)]
+    assert draws[0] != draws[1]
+    with pytest.raises(UserError, match="--data.samples_per_class=17: class 2 has only 16 images"):
+        divide(LABELS, DataConfig(val_fraction=0.2, samples_per_class=17), 3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"folds": 5, "fold": 3}, {"samples_per_class": 4}, {"folds": 5, "samples_per_class": 4}]
+)
+def test_all_that_was_drawn_is_written_once_and_read_back(tmp_path, changes) -> None:
+    path, config, test = tmp_path / "split.json", DataConfig(val_fraction=0.2, **changes), np.array([3, 7])
+    drawn = load_or_draw_split(path, LABELS, config, 3, write=True, test=test)
+    saved = json.loads(path.read_text())
+    assert saved["test_indices"] == [3, 7] and saved["test_fraction"] == 0.2
+    for _ in range(2):
+        again = load_or_draw_split(path, LABELS, config, 3, write=False, test=test)
+        assert all(np.array_equal(one, other) for one, other in zip(drawn, again, strict=True))
+    with pytest.raises(UserError, match="drawn for other data .*test_indices"):
+        load_or_draw_split(path, LABELS, config, 3, write=False, test=np.array([3, 8]))
+    if "samples_per_class" in changes:
+        path.write_text(json.dumps(saved | {"train_indices": [0, 1, 2]}))
+        with pytest.raises(UserError, match="train_indices"):
+            load_or_draw_split(path, LABELS, config, 3, write=False, test=test)

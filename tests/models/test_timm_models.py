@@ -62,12 +62,18 @@ def test_pretrained_weights_come_from_the_cache_as_safetensors(tmp_path: Path, m
     message = refusal("timm/test_resnet", (3, 96, 96), pretrained=True)
     assert str(tmp_path) in message and "hf download timm/test_resnet.r160_in1k model.safetensors" in message
     assert "models--timm--test_resnet.r160_in1k" in message
+    assert "--model.checkpoint=FILE.safetensors, or --model.pretrained=false" in message
 
     published: Any = timm.create_model("test_resnet")
     put_on_hub(published, tmp_path, "timm--test_resnet.r160_in1k")
     model = build("timm/test_resnet", (3, 96, 96), classes=7, pretrained=True)
     assert torch.equal(model.layer2[0].conv1.weight, published.layer2[0].conv1.weight)
     assert model.fc.weight.shape[0] == 7
+
+
+def test_a_file_of_weights_takes_the_place_of_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(tmp_path, monkeypatch)
+    build("timm/test_resnet", (3, 96, 96), classes=7, pretrained=True, checkpoint="own.safetensors")
 
 
 def test_grey_images_and_the_same_classes_take_pretrained_weights(
@@ -90,7 +96,8 @@ def test_a_checkpoint_may_be_a_repository_of_the_hub(tmp_path: Path, monkeypatch
 
     offline(tmp_path, monkeypatch)
     place = "hf_hub:me/pets"
-    assert "hf download me/pets" in refusal("timm/test_resnet", (3, 96, 96), checkpoint=place)
+    message = refusal("timm/test_resnet", (3, 96, 96), checkpoint=place)
+    assert "hf download me/pets" in message and "--model.pretrained" not in message
     assert "names no repository" in refusal("timm/test_resnet", (3, 96, 96), checkpoint="hf_hub:a b/c")
     published: Any = timm.create_model("test_resnet", num_classes=5)
     sizes = {"input_size": [3, 128, 128], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
@@ -121,6 +128,8 @@ def test_images_are_those_that_pretrained_weights_know_where_nothing_else_is_sai
     own = AugmentConfig(from_pretrained=True, image_size=64, mean=(0.1,), std=(0.2,))
     kept = with_pretrained_input(Config(model=model, augment=own)).augment
     assert (kept.image_size, kept.mean, kept.std) == (64, (0.1,), (0.2,))
+    file = replace(model, checkpoint="own.safetensors")
+    assert with_pretrained_input(replace(config, model=file)).augment == filled.augment
     plain = Config(model=model)
     assert with_pretrained_input(plain) is plain
 

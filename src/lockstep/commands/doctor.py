@@ -109,7 +109,7 @@ def check_launch(parts: Parts) -> Finding:
 
 def check_choices(parts: Parts) -> Finding:
     """The network, optimizer, loss, schedule and trackers that the settings name exist."""
-    parts.config = complete(parts.config)
+    parts.config = complete(parts.config, say=lambda _: None)
     require_trackers(parts.config.log.trackers)
     config = parts.config
     return Finding("ok", f"{config.model.name}, {config.optim.name}, {config.train.loss}, {config.schedule.name}")

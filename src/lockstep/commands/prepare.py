@@ -25,7 +25,7 @@ def prepare(config: Config) -> list[str]:
     lines = [_describe(data, config), *_places(data, config)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")
-    if config.model.pretrained or config.model.hub_weights:
+    if config.model.published_weights:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         lines.append(f"published weights: {HF_HUB_CACHE} (HF_HOME moves it)")

@@ -21,7 +21,7 @@ FOLDER = Path("preview")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the lines for a command line of train.py (default: sys.argv), draw, and say where the pictures are."""
-    config = complete(parse_config(arguments))
+    config = complete(parse_config(arguments), say=print_line)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lockstep").setLevel(logging.INFO)  # decoding may take minutes: say that it goes on
     data = build_data(config, run_dir_of(config), write=False)

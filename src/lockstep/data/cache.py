@@ -86,12 +86,17 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def read_image(split: Split, row: int, channels: int) -> Image.Image:
-    """`open_image` in mode L (`channels` 1) or RGB (3); plain UserError if it holds 32-bit pixels."""
+    """`open_image` in mode L (`channels` 1) or RGB (3), as Pillow converts: transparency is dropped.
+
+    Raises plain UserError if it holds 32-bit pixels.
+    """
     image = open_image(split, row)
     if image.mode in ("I", "F"):
         raise UserError(f"{split.where(row)} has 32-bit pixels (mode {image.mode}): convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "LAB":  # from which Pillow knows no way to grey
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 

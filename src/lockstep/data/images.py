@@ -131,15 +131,26 @@ def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[
         raise UserError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
     geometry = _look_at(source.splits["train"], config.data, config.augment)
     sets = _image_sets(source, geometry, config)
-    train, val = sets["train"], sets.get("val")
-    if val is None and config.data.val_fraction > 0:
-        labels, seed = source.splits["train"].labels, config.run.seed
-        chosen = load_or_draw_split(run_dir / "split.json", labels, config.data, seed, write=write)
-        train, val = (train.subset(indices) for indices in chosen)
+    train, val = _divided(source, sets, config, run_dir / "split.json", write=write)
+    if (test := sets.get("test", val)) is None:
+        raise UserError(f"{source.name} has nothing to test on: raise --data.test_fraction or --data.val_fraction")
     height, width, channels = geometry.shape
     mean, std = _normalization(train, channels, config.augment)
     image_shape = (channels, height, width)
-    return Data(train, val, sets["test"], source.classes, image_shape, num_classes, mean, std, source.identity)
+    return Data(train, val, test, source.classes, image_shape, num_classes, mean, std, source.identity)
+
+
+def _divided(
+    source: Source, sets: dict[str, ImageSet], config: Config, path: Path, *, write: bool
+) -> tuple[ImageSet, ImageSet | None]:
+    """What is trained and validated on; `path` keeps what was drawn for it."""
+    division = source.division(config.data)
+    if not (division.val_fraction or division.folds or division.samples_per_class or source.held_out is not None):
+        return sets["train"], sets.get("val")
+    labels, seed = source.splits["train"].labels, config.run.seed
+    train, val = load_or_draw_split(path, labels, division, seed, write=write, test=source.held_out)
+    drawn = sets["train"].subset(val) if len(val) else None
+    return sets["train"].subset(train), sets.get("val", drawn)
 
 
 def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometry:

@@ -92,7 +92,7 @@ def _describe_input(augment: AugmentConfig) -> str:
     if not augment.from_pretrained:
         return "note: --augment.from_pretrained=true gives the pretrained weights images as they know them"
     size, crop = augment.image_size, augment.eval_crop
-    return f"images as in the training of the pretrained weights: {size}x{size}, augment.eval_crop={crop:g}, mean " + (
+    return f"images as in the training of the published weights: {size}x{size}, augment.eval_crop={crop:g}, mean " + (
         f"{written(augment.mean)}, std {written(augment.std)}"
     )
 
@@ -122,7 +122,7 @@ def build_network(
     """
     model_config = replace(config.model, pretrained=False, checkpoint=None) if resumes else config.model
     model = build_model(model_config, data.image_shape, data.num_classes)
-    if (config.model.pretrained or config.model.hub_weights) and not resumes:
+    if (config.model.published_weights or config.augment.from_pretrained) and not resumes:
         say(_describe_input(config.augment))
     if model_config.checkpoint and not model_config.hub_weights:
         weights = load_weights(path_of(model_config.checkpoint))

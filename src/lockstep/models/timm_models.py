@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.utils.logging as hub_logging
 import timm
 import timm.data
 import torch
@@ -18,6 +19,7 @@ from lockstep.settings.config import AugmentConfig, ModelConfig
 
 _OF_WEIGHTS = ("num_classes", "label_offset")
 """Of timm's description of a network, what may be another for other weights"""
+_PRETRAINED = "--model.pretrained=true"
 LARGEST_CIFAR_STEM_PIXELS = 64
 """`--model.stem=auto` keeps the resolution of images up to this size, where a 7x7/2 stem would throw it away."""
 
@@ -49,7 +51,7 @@ def build_timm(config: ModelConfig, image_shape: tuple[int, int, int], num_class
     try:
         if _weights_config(name).fixed_input_size:
             arguments["img_size"] = (height, width)
-        if config.pretrained or config.hub_weights:
+        if config.published_weights:
             arguments |= {"pretrained": True, "pretrained_cfg_overlay": _pretrained_weights(config)}
         model = timm.create_model(name, **arguments)
         _set_stem(model, config, image_shape)
@@ -124,9 +126,10 @@ def _checkpoint_activations(model: Any, config: ModelConfig) -> None:
 
 
 def pretrained_input(config: ModelConfig, augment: AugmentConfig) -> AugmentConfig:
-    """The settings with the size, crop, mean and deviation that the pretrained weights were trained with.
+    """The settings with the size, crop, mean and deviation that the network's published weights were trained with.
 
-    What the user has set stays. Raises UserError if the weights are a hub's, and out of reach.
+    What the user has set stays; a file of weights is taken for one of timm's. Raises UserError if the weights are a
+    hub's, and out of reach.
     """
     if config.hub_weights:
         published = _described_on_hub(config)
@@ -160,7 +163,7 @@ def _pretrained_weights(config: ModelConfig) -> dict[str, Any]:
         raise UserError(
             f"--model.pretrained=true: timm publishes no weights for {name}; it has {_published_weights(name)}"
         )
-    return {"file": _from_hub(repository, "model.safetensors", "--model.pretrained=true"), "custom_load": False}
+    return {"file": _from_hub(repository, "model.safetensors", _PRETRAINED), "custom_load": False}
 
 
 def _described_on_hub(config: ModelConfig) -> dict[str, Any]:
@@ -185,6 +188,8 @@ def _from_hub(place: str, file: str, setting: str) -> str:
         pass  # Asking the cache first spares clusters without network half a minute of retries.
     except HFValidationError as error:
         raise UserError(f"{setting} names no repository, as in hf_hub:timm/resnet18.a1_in1k") from error
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # a line per retry says less than ours
     try:
         return hf_hub_download(repository, file, revision=revision or None)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -192,5 +197,8 @@ def _from_hub(place: str, file: str, setting: str) -> str:
         raise UserError(
             f"{setting}: {repository}/{file} is neither in {constants.HF_HUB_CACHE} nor within reach "
             f"({type(error).__name__}); run `hf download {repository} {file}` on a machine with network and copy the "
-            f"cache folder {folder} here"
+            f"cache folder {folder} here, or set --model.checkpoint=FILE.safetensors"
+            + ("" if setting != _PRETRAINED else ", or --model.pretrained=false to train from scratch")
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)

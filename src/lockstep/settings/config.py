@@ -91,6 +91,18 @@ class DataConfig(_Section):
     """Folder for decoded uint8 images"""
     val_fraction: float = 0.1
     """Share of the training set held out for validation, stratified by class; unused if the source has its own"""
+    test_fraction: float = 0.2
+    """Share held out before that if the source has no test split, the same for every run.seed; 0: validation tests"""
+    folds: int | None = None
+    """Cross-validation: cut the training set into this many parts, stratified by class; one of them validates"""
+    fold: int = 0
+    """Number of the part that validates, from 0 to folds - 1; leave run.seed alone between them"""
+    samples_per_class: int | None = None
+    """Train on this many samples of each class, drawn from what is not held out; default: all"""
+    image_column: str | None = None
+    """Column of the images in hf: sources; default: the first of images"""
+    label_column: str | None = None
+    """Column of the labels in hf: sources; default: label, labels, fine_label or the first of classes"""
     workers: int = 0
     """Processes that decode images of a set too large for the cache; -1: one per spare core"""
     memory_budget: float = 2.0
@@ -106,6 +118,16 @@ class DataConfig(_Section):
 
     def _refuse_contradictions(self) -> None:
         _require_fraction("data.val_fraction", self.val_fraction, one_allowed=False)
+        _require_fraction("data.test_fraction", self.test_fraction, one_allowed=False)
+        folds, few = self.folds, self.samples_per_class
+        _require(folds is None or folds >= 2, f"--data.folds={folds} must be at least 2")
+        _require(folds is not None or self.fold == 0, f"--data.fold={self.fold} needs --data.folds")
+        _require(0 <= self.fold < (folds or 1), f"--data.fold={self.fold} must lie in 0..{(folds or 1) - 1}")
+        _require(few is None or few >= 1, f"--data.samples_per_class={few} must be at least 1")
+        for name in ("image_column", "label_column"):
+            value = getattr(self, name)
+            is_hub = self.source.startswith("hf:")
+            _require(value is None or is_hub, f"--data.{name}={value} has no meaning for --data.source={self.source}")
         _require(self.workers >= -1, f"--data.workers={self.workers} must be -1 (choose for me), 0 or more")
         _require(self.memory_budget >= 0, f"--data.memory_budget={self.memory_budget} must not be negative")
         _require(self.repeats >= 1, f"--data.repeats={self.repeats} must be at least 1")
@@ -190,7 +212,7 @@ class AugmentConfig(_Section):
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation, as for mean"""
     from_pretrained: bool = False
-    """Take image_size, eval_crop, mean and std, where they are not set, from the training of the pretrained weights"""
+    """Take image_size, eval_crop, mean and std, where not set, from the training of the network's published weights"""
 
     def _refuse_contradictions(self) -> None:
         for name in ("resized_crop", "grayscale", "blur", "erasing", "mix_prob", "mix_switch_prob"):
@@ -267,7 +289,7 @@ class ModelConfig(_Section):
     global_pool: str | None = None
     """Pooling before the last layer of a timm network: avg, max, avgmax, catavgmax, ...; default: its own"""
     pretrained: bool = False
-    """Start from timm's published weights (network or hub cache needed)"""
+    """Start from timm's published weights (network or hub cache needed), if checkpoint names no others"""
     checkpoint: str | None = None
     """Start from this .safetensors file, checkpoint, run or hf_hub:<name>; for other classes the last layer is new"""
     freeze: tuple[str, ...] = ()
@@ -285,11 +307,12 @@ class ModelConfig(_Section):
         _require(self.checkpoint != "", "--model.checkpoint= names no file: leave it out, or name one")
         _require(self.width is None or self.width > 0, f"--model.width={self.width} must be positive")
         _require(min(self.hidden, default=1) > 0, f"--model.hidden={list(self.hidden)} must be positive")
-        _require(
-            not (self.pretrained and self.checkpoint),
-            "--model.pretrained=true and --model.checkpoint both set the first weights: choose one",
-        )
         _require("" not in self.freeze, "--model.freeze has an empty pattern: it matches nothing")
+
+    @property
+    def published_weights(self) -> bool:
+        """Whether the first weights come from a hub: timm's own, or those that `checkpoint` names there."""
+        return self.hub_weights is not None or (self.pretrained and self.checkpoint is None)
 
     @property
     def hub_weights(self) -> str | None:
@@ -431,11 +454,11 @@ class TrainConfig(_Section):
     _name = "train"
 
     batch_size: int = 64
-    """Samples of one step over all processes: the global batch"""
+    """Samples of one step over all processes: the global batch; -1: choose by the number of training images"""
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples of one forward/backward on one process; auto: the most that fit; default: batch_size / processes"""
     epochs: int = 10
-    """Passes over the training set"""
+    """Passes over the training set; -1: choose by the number of training images"""
     max_steps: int | None = None
     """Stop after this many steps even if epochs remain; the schedule stays that of all epochs"""
     loss: str = "cross_entropy"
@@ -462,7 +485,10 @@ class TrainConfig(_Section):
     """Steps without a finite gradient are skipped; after this many in a row, back to the last checkpoint, once"""
 
     def _refuse_contradictions(self) -> None:
-        for name in ("batch_size", "epochs", "validate_every_epochs", "best_from_epoch", "max_bad_steps"):
+        for name in ("batch_size", "epochs"):
+            value = getattr(self, name)
+            _require(value == -1 or value >= 1, f"--train.{name}={value} must be at least 1, or -1 (choose for me)")
+        for name in ("validate_every_epochs", "best_from_epoch", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"--train.{name}={getattr(self, name)} must be at least 1")
         for name in ("micro_batch_size", "max_steps", "early_stop_epochs"):
             value = getattr(self, name)
@@ -481,7 +507,7 @@ class TrainConfig(_Section):
             weights = list(self.class_weights)
             _require(heavy, f"--train.class_weights={weights} must be numbers of which none is negative, one a class")
         micro = self.micro_batch_size
-        if isinstance(micro, int) and self.batch_size % micro:
+        if isinstance(micro, int) and self.batch_size > 0 and self.batch_size % micro:
             below = self.batch_size - self.batch_size % micro
             nearest = [str(size) for size in (below, below + micro) if size > 0]
             raise UserError(
@@ -607,17 +633,17 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(
-            self.train.batch_size % self.data.repeats == 0,
+            self.train.batch_size == -1 or self.train.batch_size % self.data.repeats == 0,
             f"--train.batch_size={self.train.batch_size} is not a multiple of --data.repeats={self.data.repeats}",
         )
         _require(
-            self.schedule.min_lr <= self.lr,
+            self.train.batch_size == -1 or self.schedule.min_lr <= self.lr,
             f"--schedule.min_lr={self.schedule.min_lr} is above --optim.lr={self.optim.lr}"
             + ("" if self.optim.lr_scaling == "none" else f", which is {self.lr:.6g} for this batch size"),
         )
         _require(
-            not self.augment.from_pretrained or self.model.pretrained or self.model.hub_weights is not None,
-            "--augment.from_pretrained=true needs --model.pretrained=true or --model.checkpoint=hf_hub:<repository>",
+            not self.augment.from_pretrained or self.model.name.startswith("timm/"),
+            f"--augment.from_pretrained=true needs a network of timm, not --model.name={self.model.name}",
         )
         _require(
             not (self.data.sampling == "balanced" and self.train.class_weights == "balanced"),
@@ -628,7 +654,7 @@ class Config:
             "--run.from_run brings the first weights: leave out --model.pretrained and --model.checkpoint",
         )
         _require(
-            (self.augment.progressive_epochs or 0) <= self.train.epochs,
+            self.train.epochs == -1 or (self.augment.progressive_epochs or 0) <= self.train.epochs,
             f"--augment.progressive_epochs={self.augment.progressive_epochs} is more than "
             f"--train.epochs={self.train.epochs}: images would never have their full size",
         )

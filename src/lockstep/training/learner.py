@@ -13,6 +13,7 @@ from lockstep.augment.policy import POLICIES
 from lockstep.augment.transform import Transform, build_transform
 from lockstep.data.images import Data, ImageSet
 from lockstep.data.loader import Batch, EvaluationLoader, crops_while_decoding
+from lockstep.data.portions import choose_portions
 from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.launch.accelerator import Launch
@@ -112,10 +113,13 @@ def check_names(config: Config) -> None:
     look_up(SHAPES, "schedule.name", config.schedule.name)
 
 
-def complete(config: Config) -> Config:
-    """The settings, checked as `check_names` does, with what they leave to pretrained weights filled in."""
+def complete(config: Config, say: Callable[[str], None]) -> Config:
+    """The settings, checked as `check_names` does, with what they leave to data and pretrained weights filled in.
+
+    `say` is told what was chosen.
+    """
     check_names(config)
-    return with_pretrained_input(config)
+    return choose_portions(with_pretrained_input(config), say)
 
 
 def blank_batch(data: Data, size: int, device: torch.device) -> Batch:

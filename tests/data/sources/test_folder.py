@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from sources import image_folder, open_named, write_images
 
+from lockstep.data.sources.kinds import open_source
 from lockstep.errors import UserError
+from lockstep.settings.config import DataConfig
 
 
 def test_folder_with_splits(tmp_path) -> None:
@@ -36,6 +38,30 @@ def test_folder_without_splits_holds_out_a_fifth(tmp_path) -> None:
     }
     names = [split.where(row) for split in splits.values() for row in range(len(split))]
     assert len(set(names)) == 10 and all(Path(name).is_file() for name in names)
+
+
+def test_the_share_that_is_held_out_can_be_set(tmp_path) -> None:
+    name = image_folder(tmp_path)
+    half = open_source(DataConfig(source=name, test_fraction=0.5))
+    assert [len(half.splits[split]) for split in ("train", "test")] == [5, 5]
+    assert half.held_out is not None and len(half.held_out) == 5
+    none = open_source(DataConfig(source=name, test_fraction=0.0))
+    assert set(none.splits) == {"train"} and none.held_out is None
+    with pytest.raises(UserError, match=r"0.01 of 10 training images is none: raise --data.test_fraction"):
+        open_source(DataConfig(source=name, test_fraction=0.01))
+    with pytest.raises(UserError, match=r"cannot hold out 9 of 10 .*lower --data.test_fraction"):
+        open_source(DataConfig(source=name, test_fraction=0.9))
+
+
+def test_splits_without_a_training_set_are_not_taken_for_classes(tmp_path) -> None:
+    with pytest.raises(UserError, match="holds test and val, and no train"):
+        open_named(image_folder(tmp_path, ("test", "val")))
+
+
+def test_a_source_with_its_own_validation_split_has_no_folds(tmp_path) -> None:
+    name = image_folder(tmp_path, ("train", "val"))
+    with pytest.raises(UserError, match="--data.folds=3 has no meaning for .*: it has a validation split"):
+        open_source(DataConfig(source=name, folds=3))
 
 
 def test_folder_with_a_changed_file_has_another_fingerprint(tmp_path) -> None:

@@ -1,9 +1,15 @@
 """`hf:<hub name or local folder>`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from programs import CIFAR10
 from sources import hub_folder, open_named, png
+
+from lockstep.data.sources.kinds import open_source
+from lockstep.errors import UserError
+from lockstep.settings.config import DataConfig
 
 needs_cifar = pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"{CIFAR10} is absent")
 
@@ -55,6 +61,34 @@ def test_hub_without_test_split_holds_out_a_fifth(tmp_path) -> None:
 def test_hub_bad_rows_are_named(tmp_path, rows, label, message) -> None:
     with pytest.raises(ValueError, match=message):
         open_named(hub_folder(tmp_path / "set", {"train": rows, "test": rows}, label))
+
+
+def test_columns_can_be_named(tmp_path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "set").mkdir()
+    images = {name: [{"bytes": png(row + shift), "path": None} for row in range(4)]
+              for name, shift in (("front", 0), ("back", 100))}  # fmt: skip
+    table = pa.table({**images, "label": [0, 1, 0, 1], "breed": [0, 1, 2, 2], "name": list("abcd")})
+    pq.write_table(table, tmp_path / "set" / "train-00000-of-00001.parquet")
+    base = DataConfig(source=f"hf:{tmp_path}/set", test_fraction=0.0)
+    usual = open_source(base)
+    other = open_source(replace(base, image_column="back", label_column="breed"))
+    assert usual.splits["train"].labels.tolist() == [0, 1, 0, 1]
+    assert other.splits["train"].labels.tolist() == [0, 1, 2, 2]
+    assert np.asarray(usual.splits["train"].read(1))[0, 0] == 1
+    assert np.asarray(other.splits["train"].read(1))[0, 0] == 101
+    back = open_source(replace(base, image_column="back"))
+    assert back.fingerprint != usual.fingerprint, "decoded images are kept under it"
+    for wrong, message in [
+        ({"image_column": "bakc"}, "--data.image_column=bakc: .* has the columns front, back, label, breed, name"),
+        ({"image_column": "breed"}, "--data.image_column=breed of .* holds no images"),
+        ({"label_column": "name"}, "column 'name' holds string, not integer labels"),
+        ({"label_column": "kind"}, "--data.label_column=kind: .* has the columns"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_source(replace(base, **wrong))
 
 
 def test_hub_truncated_file_is_one_line(tmp_path) -> None:

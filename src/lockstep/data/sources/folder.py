@@ -15,6 +15,8 @@ from lockstep.settings.config import DataConfig
 from lockstep.settings.types import is_name
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_SPLIT_NAMES = ("test", "testing", "training", *VAL_NAMES)
+"""What may stand beside train, and is no class where nothing else stands there"""
 
 _LOOKED_INTO, _LOOKED_AT_BYTES = 256, 1 << 16
 """Files of a split whose contents count for the identity of the data, and how much of each"""
@@ -76,6 +78,8 @@ def _class_folders(folder: Path) -> list[str]:
     for name in names:
         if not is_name(name):  # bytes that are no UTF-8 among them
             raise UserError(f"{folder} has a class whose name is no plain text, {name!r}: rename the folder")
+    if all(name in _SPLIT_NAMES for name in names):
+        raise UserError(f"{folder} holds {' and '.join(names)}, and no train: name the folder to train on train")
     if len(names) == 1:
         raise UserError(f"{folder} holds only one class, {names[0]}: classification needs two")
     return names

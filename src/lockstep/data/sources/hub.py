@@ -45,7 +45,7 @@ def open_hub(name: str, config: DataConfig) -> Source:
              for split, names in {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}.items()}  # fmt: skip
     if found["train"] is None:
         raise UserError(f"{config.source} has no train split, only {', '.join(loaded)}")
-    image_column, label_column = _columns(loaded["train"], config.source)
+    image_column, label_column = _columns(loaded["train"], config)
     splits: dict[str, Split] = {}
     for split, theirs in found.items():
         if theirs is None:
@@ -59,6 +59,8 @@ def open_hub(name: str, config: DataConfig) -> Source:
     feature = loaded["train"].features[label_column]
     names = getattr(feature, "names", None) or range(int(splits["train"].labels.max(initial=0)) + 1)
     fingerprint = digest_of(*(loaded[theirs]._fingerprint.encode() for theirs in found.values() if theirs))
+    if config.image_column is not None:  # which the cache of decoded images must not take for another
+        fingerprint = digest_of(fingerprint.encode(), config.image_column.encode())
     content = digest_of(*(split.labels for split in splits.values()))  # the fingerprint follows the place of files
     return Source(config.source, tuple(map(str, names)), splits, fingerprint, content)
 
@@ -102,19 +104,26 @@ def _quiet_hub() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _columns(dataset: Any, source: str) -> tuple[str, str]:
+def _columns(dataset: Any, config: DataConfig) -> tuple[str, str]:
+    """The columns of images and of labels: the settings', else the first that look like it."""
     import datasets
 
     features = dataset.features
+    for setting in ("image_column", "label_column"):
+        if (name := getattr(config, setting)) is not None and name not in features:
+            raise UserError(f"--data.{setting}={name}: {config.source} has the columns {', '.join(features)}")
     images = [name for name, feature in features.items()
               if isinstance(feature, datasets.Image)
               or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})]  # fmt: skip
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = [name for name in ("label", "labels", "fine_label") if name in features] + classes
+    if config.image_column is not None and config.image_column not in images:
+        raise UserError(f"--data.image_column={config.image_column} of {config.source} holds no images")
+    labels = labels if config.label_column is None else [config.label_column]
     if not images or not labels:
-        missing = "image" if not images else "label (ClassLabel, or an integer called label)"
-        raise UserError(f"{source} has no column of type {missing}: its columns are {', '.join(features)}")
-    return images[0], labels[0]
+        missing = "image" if not images else "label (ClassLabel, or an integer called label): set --data.label_column"
+        raise UserError(f"{config.source} has no column of type {missing}: its columns are {', '.join(features)}")
+    return config.image_column or images[0], labels[0]
 
 
 def _undecoded(dataset: Any, column: str) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from lockstep.settings.config import DataConfig
 
 _logger = logging.getLogger(__name__)
 
-_HELD_OUT_SHARE = 0.2  # the test set of a source that has none
 _HELD_OUT_SEED = 0  # fixed, so that the test set never depends on run.seed
 
 KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
@@ -33,9 +33,9 @@ KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
 def open_source(config: DataConfig) -> Source:
     """Open `config.source`; nothing is decoded yet.
 
-    A source without a test split tests on its own validation split, or, without that too, on a fixed stratified
-    fifth of its images. Raises UserError, in one line, for an unknown kind or name, missing or damaged files, no
-    network, fewer than two classes, an empty class, or a label outside the classes.
+    A source without a test split tests on its own validation split, or, without that too, on `config.test_fraction` of
+    its images, stratified and the same for all runs. Raises UserError, in one line, for an unknown kind or name,
+    missing or damaged files, no network, fewer than two classes, an empty class, or a label outside the classes.
     """
     kind, _, name = config.source.partition(":")
     if kind not in KINDS or not name:
@@ -47,15 +47,19 @@ def open_source(config: DataConfig) -> Source:
         if not len(split):
             raise UserError(f"{source.name}: the {split.name} split is empty")
         _check_labels(split, len(source.classes))
+    if config.folds is not None and "val" in splits:
+        raise UserError(f"--data.folds={config.folds} has no meaning for {source.name}: it has a validation split")
     if len(np.unique(splits["train"].labels)) < 2:
         raise UserError(f"{source.name}: only one class has training images: classification needs two")
     if "test" not in splits and "val" in splits:
         _logger.info("%s has no test split: its validation split is the test set too", source.name)
         splits["test"] = splits["val"]
-    elif "test" not in splits:
-        train, test = draw_validation_split(splits["train"].labels, _HELD_OUT_SHARE, _HELD_OUT_SEED)
-        splits |= {"train": splits["train"].take(train, "train"), "test": splits["train"].take(test, "test")}
-    return Source(source.name, source.classes, splits, source.fingerprint, source.content)
+    elif "test" not in splits and config.test_fraction > 0:
+        labels = splits["train"].labels
+        train, held_out = draw_validation_split(labels, config.test_fraction, _HELD_OUT_SEED, "data.test_fraction")
+        splits |= {"train": splits["train"].take(train, "train"), "test": splits["train"].take(held_out, "test")}
+        return replace(source, splits=splits, held_out=held_out)
+    return replace(source, splits=splits)
 
 
 def _check_labels(split: Split, num_classes: int) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+
+from lockstep.settings.config import DataConfig
 
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 VAL_NAMES = ("validation", "valid", "val", "dev")
@@ -41,10 +43,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set: `splits` has "train" and "test", and "val" where the data set brings one.
+    """A data set: `splits` has "train", "test" unless `data.test_fraction` is 0, and "val" where it brings one.
 
     `fingerprint` changes when the images do, or their place; it is the key of the cache. `content` stays when they are
-    copied elsewhere; empty: it is the fingerprint.
+    copied elsewhere; empty: it is the fingerprint. `held_out`: the rows, int (T,), of a test set that was drawn here.
     """
 
     name: str
@@ -52,6 +54,11 @@ class Source:
     splits: dict[str, Split]
     fingerprint: str
     content: str = ""
+    held_out: np.ndarray | None = None
+
+    def division(self, config: DataConfig) -> DataConfig:
+        """The settings by which the training split is divided: nothing is held out if there is a validation split."""
+        return replace(config, val_fraction=0.0) if "val" in self.splits else config
 
     @property
     def identity(self) -> Identity:
