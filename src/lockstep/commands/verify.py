@@ -19,6 +19,7 @@ from typing import Any
 
 from lockstep.errors import UserError
 from lockstep.files import write_json
+from lockstep.launch.accelerator import leave_group
 from lockstep.launch.numerics import describe_changes
 from lockstep.lease import Lease
 from lockstep.run.checkpoint import folder_of, saved_steps
@@ -166,11 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    """Be train.py for these arguments; processes meet in it."""
+    """Train as train.py does with these arguments; processes meet in it."""
     program = str(RECIPES.parent / "train.py")
-    sys.argv = [program, *arguments]
-    try:
-        runpy.run_path(program, run_name="__main__")
-    except SystemExit as end:
-        if end.code not in (0, None):
-            raise
+    sys.argv = [program, *arguments]  # which the run folder keeps
+    runpy.run_path(program, run_name="train")["train"](parse_config(arguments))
+    leave_group()

@@ -243,19 +243,26 @@ def _describe_failed_connection(failure: RuntimeError, config: RuntimeConfig) ->
     )
 
 
-def end_program(code: int = 0) -> NoReturn:
-    """End with this exit code, when all is done and saved: wait for what processes still send, and for no more.
+def leave_group() -> None:
+    """Call when all is done and saved: ignore signals that come too late, wait for what processes still send.
 
-    Signals that come too late are ignored: the exit of the interpreter would give them their defaults again, and a
-    finished job counted as killed by its scheduler's. With the process group in place, or kept alive by a reference
-    cycle, some exits were aborted: one of 30 trainings of two processes, two of 6 sharded ones. What libraries want
-    done at the exit is done; the interpreter does not take torch apart, which it needs 1.5 s for.
+    The exit of the interpreter would give signals their defaults again: a finished job counted as killed by its
+    scheduler's. With the process group in place, or kept alive by a reference cycle, some exits were aborted: one of 30
+    trainings of two processes, two of 6 sharded ones.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if distributed.is_initialized():
         gc.collect()
         distributed.destroy_process_group()
+
+
+def end_program(code: int = 0) -> NoReturn:
+    """Leave the group, and end with this exit code.
+
+    What libraries want done at the exit is done; the interpreter does not take torch apart, which it needs 1.5 s for.
+    """
+    leave_group()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
