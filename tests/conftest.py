@@ -1,5 +1,6 @@
 """Fixtures that several test files share, and one core for each worker of pytest-xdist."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -22,6 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(autouse=True)
+def usual_log_level() -> Iterator[None]:
+    """Commands that take long let more be said; not to the tests after theirs."""
+    yield
+    logging.getLogger("lockstep").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

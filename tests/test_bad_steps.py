@@ -34,8 +34,8 @@ def spoiling(spoils: Callable[[int], bool], by: float = math.nan) -> Callable[..
     """A build_loss whose losses are `by` in the calls (counted from 0, over restarts too) that `spoils` names."""
     build_loss, calls = loss.build_loss, iter(range(10**9))
 
-    def build(config: TrainConfig) -> Loss:
-        loss_of = build_loss(config)
+    def build(config: TrainConfig, weights: Tensor | None) -> Loss:
+        loss_of = build_loss(config, weights)
 
         def spoilt(logits: Tensor, targets: Tensor) -> Tensor:
             losses = loss_of(logits, targets)

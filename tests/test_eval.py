@@ -99,7 +99,7 @@ def test_departures_from_the_training_are_told(evaluate_here: Any, capsys: pytes
         evaluate_here("--augment.image_size=16")
     assert "note: images are 16x16 here, and were 8x8 in training" in capsys.readouterr().out
     assert "was trained on these images" in notes_of(evaluate_here("--split=train"))[0]
-    with pytest.raises(UserError, match="this run has no val split"):
+    with pytest.raises(UserError, match=r"split.json was drawn for other data \(val_fraction"):
         evaluate_here("--temperature=fit", "--data.val_fraction=0")
 
 
