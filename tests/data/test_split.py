@@ -157,3 +157,14 @@ def test_all_that_was_drawn_is_written_once_and_read_back(tmp_path, changes) -> 
         path.write_text(json.dumps(saved | {"train_indices": [0, 1, 2]}))
         with pytest.raises(UserError, match="train_indices"):
             load_or_draw_split(path, LABELS, config, 3, write=False, test=test)
+
+
+def test_a_file_from_before_the_test_set_was_kept_still_counts(tmp_path) -> None:
+    path, config, test = tmp_path / "split.json", DataConfig(val_fraction=0.1), np.arange(20)
+    drawn = load_or_draw_split(path, LABELS, config, 3, write=True)
+    read = load_or_draw_split(path, LABELS, config, 3, write=True, test=test)
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, read, strict=True))
+    path.unlink()
+    load_or_draw_split(path, LABELS, config, 3, write=True, test=test)
+    with pytest.raises(UserError, match="test_indices differ"):
+        load_or_draw_split(path, LABELS, config, 3, write=True, test=test + 1)

@@ -105,6 +105,10 @@ def _held_out_counts(labels: np.ndarray, total: int, setting: str) -> dict[int, 
     return {int(label): int(count) for label, count in zip(classes, counts, strict=True)}
 
 
+_KEPT_LATER = ("test_fraction", "test_indices")
+"""A run that was begun before these were written has the same test set, and a file without them"""
+
+
 def load_or_draw_split(
     path: Path, labels: np.ndarray, config: DataConfig, seed: int, *, write: bool, test: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +147,8 @@ def _read(path: Path, header: dict[str, object], count: int, sizes: tuple[int, i
         val = np.asarray(saved["val_indices"], dtype=np.int64)
         others = np.setdiff1d(np.arange(count), val)
         train = np.asarray(saved.get("train_indices", others), dtype=np.int64)
-        differing = [key for key, value in header.items() if saved[key] != value]
+        known = [key for key in header if key in saved or key not in _KEPT_LATER]
+        differing = [key for key in known if saved[key] != header[key]]
         differing += [] if saved["train_count"] == sizes[0] else ["train_count"]
     except UserError:
         raise
