@@ -19,9 +19,9 @@ def differences(run: Path, reference: Path) -> list[str]:
         for part in ("model", "ema", "optimizer"):
             if not _equal(getattr(a, part), getattr(b, part)):
                 found.append(f"{part} of {link}")
-        if _timeless(a.progress) != _timeless(b.progress):
+        if timeless(a.progress) != timeless(b.progress):
             found.append(f"progress of {link}: {a.progress} instead of {b.progress}")
-    lines = [[_timeless(line) for line in read_lines(folder)] for folder in (run, reference)]
+    lines = [[timeless(line) for line in read_lines(folder)] for folder in (run, reference)]
     if lines[0] != lines[1]:
         places = [[(line["split"], line["step"]) for line in part] for part in lines]
         found.append(f"metrics.jsonl: {places[0]} instead of {places[1]}" if places[0] != places[1] else "its values")
@@ -31,15 +31,16 @@ def differences(run: Path, reference: Path) -> list[str]:
     ]
     found += [f"stray {name}" for name in sorted(names[0] - names[1])]
     found += [f"missing {name}" for name in sorted(names[1] - names[0])]
-    summaries = [_timeless(json.loads((folder / "summary.json").read_text())) for folder in (run, reference)]
+    summaries = [timeless(json.loads((folder / "summary.json").read_text())) for folder in (run, reference)]
     return found if summaries[0] == summaries[1] else [*found, f"summary.json: {summaries[0]}"]
 
 
-TIMES = {"train_seconds", "wall_seconds", "restarts", "finished"}
+_TIMES = {"train_seconds", "wall_seconds", "restarts", "finished"}
 
 
-def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in TIMES and not is_speed(key)}
+def timeless(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what tells of time and load."""
+    return {key: value for key, value in values.items() if key not in _TIMES and not is_speed(key)}
 
 
 def _equal(a: Any, b: Any) -> bool:
