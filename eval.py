@@ -18,6 +18,7 @@ if __name__ == "__main__":
         request = parse_evaluation()
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch
     model = load_model(request, accelerator, launch, input_of(data))
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
 
+    @cache
     def judge(split: str) -> tuple[ImageSet, Predictions]:
         images = {"train": data.train, "val": data.val, "test": data.test}[split]
         if images is None:
@@ -85,14 +87,15 @@ def predict_images(request: Evaluation, accelerator: Accelerator, launch: Launch
         launch.say(note)
     model = load_model(request, accelerator, launch, used)
     transform = build_transform(request.config, used.mean, used.std, used.num_classes, precropped=False)
+    if not launch.is_main:
+        return
     found = LoosePredictions(used.names)
     temperature = request.temperature if isinstance(request.temperature, float) else 1.0
     for batch in load_files(request.images, used.image_shape, used.resize_size, evaluation_batch(used.image_shape)):
         read = [image.pixels for image in batch if image.pixels is not None]
         probabilities = predict(model, transform, np.stack(read), launch.device, temperature) if read else np.empty(0)
         found.add(batch, probabilities)
-    if launch.is_main:
-        report_images(request.folder, found)
+    report_images(request.folder, found)
 
 
 def evaluate_checkpoint(request: Evaluation) -> None:

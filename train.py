@@ -42,7 +42,7 @@ from lockstep.settings.config import Config, common_settings
 from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
 from lockstep.training.gradients import Gradients
-from lockstep.training.learner import build_learner, complete
+from lockstep.training.learner import build_learner, check_names, complete
 from lockstep.training.loss import total
 from lockstep.training.memory import find_micro_batch_size, out_of_memory_explained
 from lockstep.training.meter import Meter
@@ -56,9 +56,10 @@ def train(config: Config) -> int:
 
     Raises UserError for what the user can mend.
     """
+    check_names(config)
+    require_trackers(config.log.trackers)
     accelerator, launch = build_accelerator(config.runtime)
     config = complete(config, launch.say)
-    require_trackers(config.log.trackers)
     launch.require_alike("settings", common_settings(config))
     run = open_run(config, launch)
     if run.is_finished:

@@ -47,10 +47,13 @@ def test_a_run_made_longer_is_the_one_that_was_long_from_the_start(train_here: A
 
 
 @pytest.mark.slow
-def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(train_here: Any, capsys: Any) -> None:
-    first = train_here(*SHORT, "--run.name=first")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # which count steps by weight, and by group
+def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(
+    optimizer: str, train_here: Any, capsys: Any
+) -> None:
+    first = train_here(*SHORT, f"--optim.name={optimizer}", "--run.name=first")
     still = ("--optim.lr=1e-12", "--schedule.name=constant", "--optim.weight_decay=0", "--train.ema_decay=0.99999999")
-    more = (*SHORT, "--run.from_run=runs/first", *still, "--run.name=second")
+    more = (*SHORT, "--run.from_run=runs/first", f"--optim.name={optimizer}", *still, "--run.name=second")
     second = train_here(*more)
     assert "beginning with the weights, average and optimizer of runs/first, step_00000010" in capsys.readouterr().out
     for file in ("model", "ema"):
@@ -58,11 +61,15 @@ def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(train_he
         weights = [name for name in before if "running" not in name]
         assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-6) for name in weights), file
     old, new = (torch.load(run / "checkpoints/last/optimizer.pt")["optimizer"] for run in (first, second))
-    assert [state["step"].item() for state in new["state"].values()] == [20.0] * len(old["state"])
+    counters = new["state"].values() if optimizer == "adamw" else new["param_groups"]
+    assert {float(counter["step"]) for counter in counters} == {20.0} and new["state"].keys() == old["state"].keys()
     assert {group["lr"] for group in new["param_groups"]} == {1e-12}
     summary = json.loads((second / "summary.json").read_text())
     assert summary["origin"]["run"] == "runs/first" and summary["origin"]["checkpoint"] == "step_00000010"
     assert summary["steps"] == 10 and read_history(second)[0]["step"] == 2
+
+    with pytest.raises(UserError, match=f"brings the state of --optim.name={optimizer}, not of sgd: set that"):
+        train_here(*SHORT, "--run.from_run=runs/first", "--optim.name=sgd", "--run.name=other")
 
     # Begun, killed before its first checkpoint, and the other run has gone on meanwhile.
     shutil.rmtree(second / "checkpoints")

@@ -11,6 +11,7 @@ from sources import image_folder
 
 from lockstep.__main__ import main
 from lockstep.data.images import build_data
+from lockstep.data.sampler import build_sampler
 from lockstep.report.preview import describe, look
 from lockstep.settings.cli import parse_config
 
@@ -79,6 +80,11 @@ def test_the_batch_is_the_one_that_training_begins_with(arguments: list[str], tm
     assert preview.targets == "float32 4x2, mixed" and preview.after.shape == (4, 3, 16, 16)
 
     plain = look(parse_config(arguments), data)
+    sampler = build_sampler(parse_config(arguments), data.train.drawn_labels, plain.micro_batch_size)
+    first = next(iter(sampler.microbatches(range(1), range(1)))).samples.tolist()
+    pixels = np.stack([image.numpy() for index in first if (image := data.train.load(index)) is not None]) / 255
+    assert plain.before.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-6)
+    assert (plain.before.lowest, plain.before.highest) == pytest.approx((pixels.min(), pixels.max()))
     scaled = [(before - mean) / std for before, mean, std in zip(plain.before.mean, data.mean, data.std, strict=True)]
     assert look(parse_config([*arguments, *PLAIN]), data).after.mean == pytest.approx(scaled, abs=1e-5)
 

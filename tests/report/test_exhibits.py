@@ -40,7 +40,8 @@ class Sharing(Tracker):
         self.shown: list[tuple[str, Exhibit]] = []
 
     def exhibit(self, name: str, build: Any) -> None:
-        self.shown.append((name, build()))
+        if (item := build()) is not None:
+            self.shown.append((name, item))
 
 
 def test_the_prediction_table_has_the_worst_rows(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:

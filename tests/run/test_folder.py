@@ -113,6 +113,7 @@ def test_more_epochs_make_a_run_longer(name: str, tmp_path: Path) -> None:
     [
         ({}, {"name": "cosine"}, "lays its learning rates out over all epochs"),
         ({}, {"name": "onecycle"}, "lays its learning rates out over all epochs"),
+        ({}, {"name": "cosine_restarts", "cooldown_epochs": 0.001}, "lays its learning rates out over all epochs"),
         ({"max_steps": 3}, {}, "it ends with --train.max_steps=3"),
         ({"best_from_epoch": 5}, {}, "its end counted as the best before epoch 5"),
         ({"validate_every_epochs": 3}, {}, "its last validation, after epoch 4, would not have been one"),

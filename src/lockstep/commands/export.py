@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _filled_aside(output: Path) -> Iterator[Path]:
     """A folder beside `output`, whose files go there when all is well, and nowhere else."""
+    output = output.resolve()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: name a folder")
     if output.exists() and any(output.iterdir()) and not (output / PREPROCESSING).is_file():
@@ -126,10 +128,11 @@ def compare(network: nn.Module, exported: Outputs, config: Config, data: Data, *
         batch = torch.stack(loaded)
         expected = transform.logits(network, batch).softmax(1)
         found = exported(batch.permute(0, 3, 1, 2).float() / 255).softmax(1)
-        difference = float((found - expected).abs().max())
-        largest = difference if not difference <= largest else largest  # also where it is NaN
+        largest = float(np.maximum(largest, float((found - expected).abs().max())))  # which keeps a NaN
         changed += int((found.argmax(1) != expected.argmax(1)).sum())
         seen += len(batch)
+    if not seen:
+        raise UserError("no test image can be read, and what is not compared is not exported")
     told = (
         f"compared with the network on {seen} test images: probabilities differ by at most {largest:.2g}, "
         f"{changed} predictions changed"

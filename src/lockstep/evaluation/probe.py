@@ -56,7 +56,7 @@ def probe(config: Config, data: Data, model: nn.Module, micro_batch_size: int) -
 
 def _first(config: Config, data: Data) -> dict[str, Tensor] | None:
     """The weights that training began with, if they were drawn: those that were loaded move little in good training."""
-    if config.model.pretrained or config.model.checkpoint:
+    if config.model.pretrained or config.model.checkpoint or config.run.from_run:
         return None
     seed_run(config.run.seed)
     return dict(build_network(config, data, torch.device("cpu"), resumes=False).named_parameters())

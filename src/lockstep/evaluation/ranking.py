@@ -1,10 +1,12 @@
 """How well the probability of a class ranks its samples before all others: precision-recall and ROC curves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lockstep.evaluation.metrics import Predictions
+
+_POINTS = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,21 +23,20 @@ class Ranking:
     """Share of the class's among those taken; 1 where none is"""
     false_positive_rate: np.ndarray
     """Share of the other samples that are taken"""
+    average_precision: float
+    """Mean of the precision over the recall"""
+    auc: float
+    """Area under the ROC: the probability that a sample of the class ranks before another"""
 
     def thinned(self, most: int) -> "Ranking":
         """At most so many of its points, for a chart, both ends among them."""
         kept = np.unique(np.linspace(0, len(self.recall) - 1, most).round().astype(int))
-        return Ranking(self.recall[kept], self.precision[kept], self.false_positive_rate[kept])
-
-    @property
-    def average_precision(self) -> float:
-        """Mean of the precision over the recall."""
-        return float((np.diff(self.recall) * self.precision[1:]).sum())
-
-    @property
-    def auc(self) -> float:
-        """Area under the ROC: the probability that a sample of the class ranks before another."""
-        return float(np.trapezoid(self.recall, self.false_positive_rate))
+        return replace(
+            self,
+            recall=self.recall[kept],
+            precision=self.precision[kept],
+            false_positive_rate=self.false_positive_rate[kept],
+        )
 
 
 def rank_class(scores: np.ndarray, positive: np.ndarray) -> Ranking | None:
@@ -48,16 +49,21 @@ def rank_class(scores: np.ndarray, positive: np.ndarray) -> Ranking | None:
     hits = np.concatenate([[0], np.cumsum(positive[order])[last_of_ties]])
     taken = np.concatenate([[0], last_of_ties + 1])
     precision = np.divide(hits, taken, out=np.ones(len(hits)), where=taken > 0)
-    return Ranking(hits / total, precision, (taken - hits) / (len(positive) - total))
+    recall, others = hits / total, (taken - hits) / (len(positive) - total)
+    average_precision = float((np.diff(recall) * precision[1:]).sum())
+    return Ranking(recall, precision, others, average_precision, float(np.trapezoid(recall, others)))
 
 
 def rank_classes(predictions: Predictions) -> dict[int, Ranking]:
-    """The ranking of each class that has samples and is not alone, by its number; none without probabilities."""
+    """The ranking of each class that has samples and is not alone, by its number; none without probabilities.
+
+    Thinned to 400 points: whole ones are six times the probabilities.
+    """
     probabilities, labels = predictions.probabilities, predictions.labels
     if probabilities is None or not np.isfinite(probabilities).all():
         return {}
-    ranked = {number: rank_class(column, labels == number) for number, column in enumerate(probabilities.T)}
-    return {number: ranking for number, ranking in ranked.items() if ranking is not None}
+    ranked = ((number, rank_class(column, labels == number)) for number, column in enumerate(probabilities.T))
+    return {number: ranking.thinned(_POINTS) for number, ranking in ranked if ranking is not None}
 
 
 def weakest(rankings: dict[int, Ranking], most: int) -> dict[int, Ranking]:

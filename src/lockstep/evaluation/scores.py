@@ -3,7 +3,7 @@
 They are for the end, in eval.py, and may take seconds; METRICS (metrics.py) are those of every validation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.evaluation.calibration import reliability
 from lockstep.evaluation.chance import bootstrap_interval
 from lockstep.evaluation.metrics import Predictions
-from lockstep.evaluation.ranking import rank_class
+from lockstep.evaluation.ranking import rank_classes
 
 
 class Score(NamedTuple):
@@ -22,11 +22,12 @@ class Score(NamedTuple):
     needs_probabilities: bool = False
 
 
-def scores(rows: Predictions) -> dict[str, float | None]:
-    """Every score of SCORES; None where it needs probabilities that were not kept."""
+def scores(rows: Predictions, names: Collection[str] | None = None) -> dict[str, float | None]:
+    """Scores of SCORES, default: all; None where one needs probabilities that were not kept."""
     kept = rows.probabilities is not None
+    chosen = {name: score for name, score in SCORES.items() if names is None or name in names}
     return {
-        name: score.compute(rows) if kept or not score.needs_probabilities else None for name, score in SCORES.items()
+        name: score.compute(rows) if kept or not score.needs_probabilities else None for name, score in chosen.items()
     }
 
 
@@ -79,12 +80,7 @@ def _mean_average_precision(rows: Predictions) -> float:
 @lru_cache(maxsize=1)  # two scores, one ranking
 def _mean_areas(rows: Predictions) -> tuple[float, float]:
     """Of the classes that have samples and are not alone; not a number if there is none, or an output is not finite."""
-    assert rows.probabilities is not None
-    areas = []
-    if np.isfinite(rows.probabilities).all():
-        for number, column in enumerate(rows.probabilities.T):
-            if ranking := rank_class(column, rows.labels == number):
-                areas.append((ranking.auc, ranking.average_precision))
+    areas = [(ranking.auc, ranking.average_precision) for ranking in rank_classes(rows).values()]
     auc, precision = np.mean(areas, axis=0) if areas else (np.nan, np.nan)
     return float(auc), float(precision)
 

@@ -17,7 +17,7 @@ _OURS = "lockstep/"
 
 
 def describe_for_timm(classifier: Classifier, config: ModelConfig) -> dict[str, Any]:
-    """What `config.json` says. `architecture` is timm's name if timm builds that very network, else lockstep/<name>."""
+    """What `config.json` says. `architecture` is timm's name if its network puts out the same, else lockstep/<name>."""
     preprocessing = classifier.preprocessing
     input_size, classes = list(preprocessing.shape), list(preprocessing.classes)
     described: dict[str, Any] = {
@@ -34,7 +34,9 @@ def describe_for_timm(classifier: Classifier, config: ModelConfig) -> dict[str, 
     arguments = {"global_pool": config.global_pool} if config.global_pool else {}
     whole = {"num_classes": len(classes), "pretrained_cfg": described, "model_args": arguments}
     name = config.name.removeprefix("timm/").split(".")[0]
-    if config.name.startswith("timm/") and _is_built_by_timm(name, classifier, described, arguments):
+    # timm's network knows nothing of mirror images, which the numbers of the card rest on.
+    as_timm = config.name.startswith("timm/") and not preprocessing.mirrored
+    if as_timm and _is_built_by_timm(name, classifier, described, arguments):
         return {"architecture": name, **whole}
     return {"architecture": _OURS + name, **whole}
 

@@ -155,6 +155,8 @@ def require_smaller_images(model: nn.Module, config: Config, image_shape: tuple[
         try:
             with torch.no_grad():
                 model.forward(weight.new_zeros(shape))  # not by a call, which would compile
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"--augment.progressive_size={config.augment.progressive_size}: {config.model.name} cannot take images "

@@ -34,7 +34,7 @@ def describe_account(account: dict[str, float], launch: Launch) -> str:
     shares = [
         f"{words} {account[key]:.0%}"
         for key, words in _WORDS.items()
-        if key == "compute_share" or account[key] >= 0.005
+        if key == "compute_share" or account[key] >= _LEAST_TOLD
     ]
     line = f"time: {', '.join(shares)}"
     if "peak_share" in account:
@@ -58,7 +58,7 @@ def share_of_peak(model: nn.Module, shape: tuple[int, int, int], images_per_seco
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a large product of matrices."""
-    size = 4096 if device.type == "cuda" else 1024
+    size = 1024 if device.type == "cpu" else 4096
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     seconds = [_seconds_of_product(matrix) for _ in range(1 + _TRIALS)][1:]
     return float(2 * size**3 / median(seconds))
@@ -73,5 +73,5 @@ def _seconds_of_product(matrix: torch.Tensor) -> float:
 
 
 def _wait_for(matrix: torch.Tensor) -> None:
-    if matrix.is_cuda:
-        torch.cuda.synchronize(matrix.device)
+    if matrix.device.type != "cpu":
+        torch.accelerator.synchronize(matrix.device)

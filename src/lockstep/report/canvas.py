@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 DPI = 150
 INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
+SPLIT_COLORS = {"train": "#3b6fb6", "val": "#d9702b", "test": "#2a8a57"}  # told apart by colour-blind readers too
+MOST_NAMES = 50
+LONGEST_NAME = 20
 
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":

@@ -73,9 +73,8 @@ def metrics_of(e: Evaluated) -> dict[str, Any]:
         "classes": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
     }
     if e.temperature is not None and e.calibrated is not None:
-        after = {"loss": e.calibrated.loss, **scores(e.calibrated)}
         found["temperature"] = dict(zip(("value", "from"), e.temperature, strict=True))
-        found["calibrated"] = {name: after[name] for name in _CALIBRATED}
+        found["calibrated"] = {"loss": e.calibrated.loss, **scores(e.calibrated, _CALIBRATED)}
     return found
 
 
@@ -102,8 +101,8 @@ def _draw_calibration(e: Evaluated) -> Path:
     return draw_reliability(e.folder, e.split, shown)
 
 
-_CALIBRATED = ("loss", "calibration_error", "brier")
-"""What a temperature changes: accuracy stays, and ranks hardly move"""
+_CALIBRATED = ("calibration_error", "brier")
+"""What a temperature changes beside the loss: accuracy stays, and ranks hardly move"""
 _TOLD = ("accuracy", "loss", "accuracy_low", "accuracy_high", "skipped_images")
 
 

@@ -92,8 +92,7 @@ def show_results(tracker: Tracker, config: Config, predictions: Predictions, dat
     for name, build in results(predictions, data.test, data).items():
         tracker.exhibit(name, build)
     tracker.exhibit("sample_gallery", lambda: sample_gallery(data))
-    if gallery := augmentation_gallery(config, data):
-        tracker.exhibit("augmentation_gallery", lambda: gallery)
+    tracker.exhibit("augmentation_gallery", lambda: augmentation_gallery(config, data))
 
 
 def share_files(run: Run, tracker: Tracker) -> None:

@@ -9,7 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.report.canvas import FAINT, GRID, INK, Tiles, draw_image, dress, new_figure, save, scale, shorten
+from lockstep.report.canvas import (
+    FAINT,
+    GRID,
+    INK,
+    LONGEST_NAME,
+    MOST_NAMES,
+    SPLIT_COLORS,
+    Tiles,
+    draw_image,
+    dress,
+    new_figure,
+    save,
+    scale,
+    shorten,
+)
 from lockstep.report.comparison import Curve, Group
 from lockstep.run.history import Point, curve
 
@@ -19,12 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_COLORS = {"train": "#3b6fb6", "val": "#d9702b", "test": "#2a8a57"}  # told apart by colour-blind readers too
 _WRONG = "#c0392b"
 _MOST_SAMPLES = 25
 _MOST_COUNTS = 25
-_MOST_NAMES = 50
-_LONGEST_NAME = 20
 # Okabe and Ito's colours but for yellow, which white paper swallows: told apart by colour-blind readers, too.
 GROUP_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
 _DASHES = ("-", "--", ":", "-.")
@@ -47,8 +58,10 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
     """
     figure = new_figure(12, 3.8)
     loss, accuracy, lr = figure.subplots(1, 3)
-    _draw_metric(loss, "Loss", {split: curve(history, split, "loss") for split in _COLORS})
-    _draw_metric(accuracy, "Accuracy", {split: curve(history, split, "accuracy") for split in _COLORS}, percent=True)
+    _draw_metric(loss, "Loss", {split: curve(history, split, "loss") for split in SPLIT_COLORS})
+    _draw_metric(
+        accuracy, "Accuracy", {split: curve(history, split, "accuracy") for split in SPLIT_COLORS}, percent=True
+    )
     _draw_metric(lr, "Learning rate", {"train": curve(history, "train", "lr")})
     return save(figure, path)
 
@@ -176,7 +189,7 @@ def plot_gallery(rows: "Sequence[tuple[str, np.ndarray]]", titles: Sequence[str]
     for row, (_, images) in enumerate(rows):
         for column, image in enumerate(images):
             draw_image(axes, image, extent=tiles.extent(row, column))
-    names = [shorten(name, _LONGEST_NAME) for name, _ in rows]
+    names = [shorten(name, LONGEST_NAME) for name, _ in rows]
     axes.set_yticks([tiles.centre(row, 0)[1] for row in range(len(rows))], names, fontsize=11, color=INK)
     axes.set_xticks([tiles.centre(0, column)[0] for column in range(len(titles))], titles, fontsize=10, color=INK)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -206,7 +219,7 @@ def _draw_line(axes: "Axes", split: str, points: list[Point], shown: str) -> Non
     if not points:
         return
     epochs, values, _ = zip(*points, strict=True)
-    color = _COLORS[split]
+    color = SPLIT_COLORS[split]
     if split == "test":
         label = f"test {shown.format(values[-1])}".replace("%", " %")
         axes.plot(epochs[-1], values[-1], "D", color=color, markersize=7, zorder=3, clip_on=False, label=label)
@@ -302,8 +315,8 @@ def _write_counts(axes: "Axes", counts: "np.ndarray", shares: "np.ndarray") -> N
 
 
 def _name_classes(axes: "Axes", classes: Sequence[str]) -> None:
-    every = math.ceil(len(classes) / _MOST_NAMES)
-    names = [shorten(name, _LONGEST_NAME) for name in classes[::every]]
+    every = math.ceil(len(classes) / MOST_NAMES)
+    names = [shorten(name, LONGEST_NAME) for name in classes[::every]]
     places = range(0, len(classes), every)
     upright = len(names) > 15 or max(map(len, names)) > 4
     size = 10 if len(names) <= 25 else 8

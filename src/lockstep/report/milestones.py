@@ -137,7 +137,9 @@ def finish(t: Training) -> int:
     account = account_of(t)
     seen = look(t)
     t.checkpointer.load_best()
-    predictions = t.learner.evaluate(t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=True)
+    predictions = t.learner.evaluate(
+        t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=t.run.config.log.figures
+    )
     t.stopwatch.read()
     if predictions is None:
         return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lockstep.evaluation.ranking import Ranking, weakest
-from lockstep.report.canvas import FAINT, GRID, INK, dress, new_figure, save, shorten
+from lockstep.report.canvas import FAINT, GRID, INK, LONGEST_NAME, dress, new_figure, save, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 _COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Of the lines that are named; more could not be told apart"""
 _MOST_FAINT = 100
-_POINTS = 400
-_LONGEST_NAME = 20
 
 
 def plot_rankings(rankings: dict[int, Ranking], classes: Sequence[str], path: Path) -> "Figure":
@@ -28,12 +26,12 @@ def plot_rankings(rankings: dict[int, Ranking], classes: Sequence[str], path: Pa
     left, right = figure.subplots(1, 2)
     shown = weakest(rankings, _MOST_FAINT)
     for place, (number, ranking) in reversed(list(enumerate(shown.items()))):
-        named, thin = place < len(_COLORS), ranking.thinned(_POINTS)
+        named = place < len(_COLORS)
         color, width = (_COLORS[place], 1.8) if named else (FAINT, 0.7)
-        name = shorten(classes[number], _LONGEST_NAME)
+        name = shorten(classes[number], LONGEST_NAME)
         labels = [f"{name}: {area:.4f}" if named else "" for area in (ranking.average_precision, ranking.auc)]
-        left.plot(thin.recall, thin.precision, color=color, linewidth=width, label=labels[0])
-        right.plot(thin.false_positive_rate, thin.recall, color=color, linewidth=width, label=labels[1])
+        left.plot(ranking.recall, ranking.precision, color=color, linewidth=width, label=labels[0])
+        right.plot(ranking.false_positive_rate, ranking.recall, color=color, linewidth=width, label=labels[1])
     precision = float(np.mean([ranking.average_precision for ranking in rankings.values()]))
     auc = float(np.mean([ranking.auc for ranking in rankings.values()]))
     dress(left, f"Precision and recall: mean average precision {precision:.4f}", "Recall (share of the class found)")

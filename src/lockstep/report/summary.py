@@ -16,6 +16,7 @@ from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.probe import Probe
 from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
+from lockstep.launch.load import node_loads
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
@@ -50,14 +51,7 @@ def open_tracker(
         | {"step": progress.step, "numerics": numerics}
     )
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
-    if run.old_epochs is not None:
-        tracker.say(f"{run.path} is made longer: from {run.old_epochs} to {config.train.epochs} epochs")
-    if progress.restarts:
-        tracker.say(f"continuing {run.path} after step {progress.step}")
-        if changes:
-            tracker.say(f"note: from here on bits may differ from those of an unbroken run: {changes}")
-    elif run.summary:
-        tracker.say(f"{run.path} was begun before and has no checkpoint: from the beginning")
+    _say_where_it_goes_on(tracker, run, progress, changes)
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, sampler.micro_batch_size)}")
     if note := describe_exactness(config.runtime, launch):
         tracker.say(note)
@@ -71,8 +65,21 @@ def open_tracker(
             f"learning rate {config.lr:g}: --optim.lr={config.optim.lr:g}, scaled ({config.optim.lr_scaling}) from a "
             f"batch of {config.optim.lr_base_batch_size} to {config.train.batch_size}"
         )
+    if config.log.all_nodes:
+        node_loads(launch)  # the first answer of a process means nothing
     tracker.start(calendar.total_steps, progress.step)
     return tracker
+
+
+def _say_where_it_goes_on(tracker: Tracker, run: Run, progress: Progress, changes: str) -> None:
+    if run.old_epochs is not None:
+        tracker.say(f"{run.path} is made longer: from {run.old_epochs} to {run.config.train.epochs} epochs")
+    if progress.restarts:
+        tracker.say(f"continuing {run.path} after step {progress.step}")
+        if changes:
+            tracker.say(f"note: from here on bits may differ from those of an unbroken run: {changes}")
+    elif run.summary:
+        tracker.say(f"{run.path} was begun before and has no checkpoint: from the beginning")
 
 
 def changed_numerics(run_dir: Path, config: RuntimeConfig, launch: Launch) -> str:

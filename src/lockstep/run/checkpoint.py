@@ -102,7 +102,8 @@ class Checkpointer:
         origin = self._launch.decide(lambda: find_origin(run_dir, self._run))
         state = load_checkpoint(run_dir / "checkpoints" / origin["checkpoint"], verify=False)
         pairs = zip(self._optimizer.state_dict()["param_groups"], state.optimizer["param_groups"], strict=False)
-        groups = [{**own, "params": given["params"]} for own, given in pairs]
+        # lamb and adan count their steps in the groups: what only the origin has stays
+        groups = [{**given, **own, "params": given["params"]} for own, given in pairs]
         ema = state.ema or state.model  # an average that begins here begins with these weights
         self._put(replace(state, optimizer={**state.optimizer, "param_groups": groups}, ema=ema), run_dir)
         parts = "weights, average and optimizer" if state.ema and self._average is not None else "weights and optimizer"

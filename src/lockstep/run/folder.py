@@ -188,7 +188,7 @@ def _look(config: Config) -> Run:
         raise UserError(f"--run.resume=never, but {path} exists: choose another --run.name or remove the folder")
     before = load_config(path / "config.yaml") if exists else config
     if config.run.from_run is not None and not exists:
-        _require_origin(path_of(config.run.from_run))
+        _require_origin(path_of(config.run.from_run), config)
     longer = _is_longer(before, config)
     if (changes := changed_settings(before, config)) and not longer:
         raise UserError(
@@ -198,12 +198,17 @@ def _look(config: Config) -> Run:
     return Run(path, config, read_summary(path), before.train.epochs if longer else None)
 
 
-def _require_origin(run_dir: Path) -> None:
+def _require_origin(run_dir: Path, config: Config) -> None:
     if not (run_dir / "config.yaml").is_file():
         known = [str(path.parent) for path in run_dir.parent.glob("*/config.yaml")]
         raise UserError(f"--run.from_run={run_dir}: there is no run.{did_you_mean(str(run_dir), known)}")
     if not (run_dir / "checkpoints" / "last").exists():
         raise UserError(f"--run.from_run={run_dir}: that run has no checkpoint yet")
+    if (name := load_config(run_dir / "config.yaml").optim.name) != config.optim.name:
+        raise UserError(
+            f"--run.from_run={run_dir} brings the state of --optim.name={name}, not of {config.optim.name}: set that, "
+            f"or take the weights alone, with --model.checkpoint={run_dir}"
+        )
 
 
 def _is_longer(before: Config, config: Config) -> bool:

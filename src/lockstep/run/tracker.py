@@ -116,10 +116,12 @@ class Tracker:
         """Copy a text (Markdown in TensorBoard) to W&B and TensorBoard."""
         self._each(lambda sink: sink.text(self._step, name, text))
 
-    def exhibit(self, name: str, build: Callable[[], Exhibit]) -> None:
-        """Show something to the copies, at the step of the last record; it is built only where there is a copy."""
-        if self._sinks:
-            item = build()
+    def exhibit(self, name: str, build: Callable[[], Exhibit | None]) -> None:
+        """Show something, if it is something, to the copies, at the step of the last record.
+
+        It is built only where there is a copy.
+        """
+        if self._sinks and (item := build()) is not None:
             self._each(lambda sink: sink.exhibit(self._step, name, item))
 
     def alert(self, title: str, text: str) -> None:

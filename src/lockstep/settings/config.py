@@ -212,7 +212,7 @@ class AugmentConfig(_Section):
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation, as for mean"""
     from_pretrained: bool = False
-    """Take image_size, eval_crop, mean and std, where not set, from the training of the network's published weights"""
+    """Take image_size, eval_crop (if it is 1), mean and std, where not set, from those of the published weights"""
 
     def _refuse_contradictions(self) -> None:
         for name in ("resized_crop", "grayscale", "blur", "erasing", "mix_prob", "mix_switch_prob"):

@@ -112,6 +112,8 @@ def build_schedule(config: ScheduleConfig, lr: float, steps_per_epoch: int, tota
 
 def keeps_course(config: ScheduleConfig, epochs: int, more_epochs: int) -> bool:
     """Whether the learning rates of so many epochs stay what they were when the training gets longer."""
+    if config.cooldown_epochs:
+        return False
     steps = 100  # of an epoch: any number shows it
     short, long = (Schedule(config, 1.0, steps, number * steps) for number in (epochs, more_epochs))
     return all(short.lr_at(step) == long.lr_at(step) for step in range(short.total_steps))
