@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from lockstep.launch.accelerator import Launch
@@ -26,6 +27,22 @@ def test_steps_10_to_15_of_the_main_process_are_traced(tmp_path: Path) -> None:
     (trace,) = run_steps(RuntimeConfig(profile=True), tmp_path, MAIN)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {f"step {step}" for step in range(18)} & events == {f"step {step}" for step in range(9, 15)}  # from 0
+
+
+def test_a_table_says_what_took_the_time_of_those_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiler = Profiler(RuntimeConfig(profile=True), tmp_path, MAIN)
+    matrix = torch.ones(400, 400)
+    for _ in range(18):
+        matrix @ matrix @ matrix
+        torch.ones(2) + 1
+        profiler.step()
+    table = (tmp_path / "profile" / "operations.md").read_text().splitlines()
+    assert table[0] == "| operation | share of CPU time | ms a step | calls a step |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    calls = {name: float(count) for name, _, _, count in cells}
+    assert cells[0][0] == "aten::mm" and calls["aten::mm"] == 2 and calls["aten::add"] == 1
+    assert sum(float(share.strip("%")) for _, share, _, _ in cells) == pytest.approx(100, abs=1)
+    assert "profiled 6 steps" in capsys.readouterr().out
 
 
 def test_nothing_is_traced_without_being_asked_or_elsewhere(tmp_path: Path) -> None:

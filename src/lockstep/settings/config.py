@@ -549,7 +549,7 @@ class RuntimeConfig(_Section):
     stuck_seconds: int = 600
     """All processes end when they have waited this long for one that stands still, which is named after 10 s"""
     profile: bool = False
-    """Write a torch profiler trace of steps 10 to 15 to the run folder"""
+    """Write a torch profiler trace of steps 10 to 15 to the run folder, and a table of what took their time"""
 
     def _refuse_contradictions(self) -> None:
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
