@@ -41,6 +41,7 @@ from lockstep.run.profiler import Profiler
 from lockstep.settings.config import Config, common_settings
 from lockstep.training.batchnorm import RunningStatistics, single_values_explained
 from lockstep.training.calendar import build_calendar
+from lockstep.training.gain import say_gain_of_compiling
 from lockstep.training.gradients import Gradients
 from lockstep.training.learner import build_learner, check_names, complete
 from lockstep.training.loss import total
@@ -96,6 +97,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
         data = build_data(config, run.path, write=launch.is_main, accept=accept)
     if config.train.micro_batch_size == "auto" and run.micro_batch_size is None:
         micro_batch_size = find_micro_batch_size(config, data, accelerator, launch)
+    say_gain_of_compiling(config, data, accelerator, launch, micro_batch_size)
     sampler = build_sampler(config, data.train.drawn_labels, micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, config)
 

@@ -308,7 +308,7 @@ SURROUNDINGS: dict[str, tuple[dict[str, str], str | None]] = {
     "local processes of words": ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE='many'"),
     "cores of words": ({"SLURM_CPUS_PER_TASK": "many"}, GOES_ON),
     "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "would divide every gradient"),
-    "a compiler": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--runtime.compile=true"),
+    "a compiler": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--runtime.compile=default"),
     "a CPU that is maybe": ({"ACCELERATE_USE_CPU": "maybe"}, "Accelerate cannot use"),
     "a terminal of ASCII": ({"PYTHONIOENCODING": "ascii"}, GOES_ON),
 }

@@ -108,13 +108,14 @@ def test_a_compiled_run_goes_on_uncompiled(tmp_path: Path) -> None:
     whole = finish(start([*program, "--run.name=whole"], tmp_path), 120)
     assert whole.returncode == 0, whole.stderr[-3000:]
     run = tmp_path / "runs" / "compiled"
-    process = start([*program, "--runtime.compile=true", "--run.name=compiled"], tmp_path)
+    process = start([*program, "--runtime.compile=default", "--run.name=compiled"], tmp_path)
     wait_for_step(run, 1, process)
     process.send_signal(signal.SIGTERM)
-    finish(process, 60)
+    stopped = finish(process, 60)
+    assert "times as fast" in stopped.stdout and "torch/_dynamo" not in stopped.stderr
     assert 1 <= json.loads((run / "summary.json").read_text())["steps"] < 60
     resumed = finish(start([*program, "--run.name=compiled"], tmp_path), 120)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert ["--runtime.compile=true" in entry["command"] for entry in read_starts(run)] == [True, False]
+    assert ["--runtime.compile=default" in entry["command"] for entry in read_starts(run)] == [True, False]
     weights = [load_weights(place / "checkpoints/last/model.safetensors") for place in (run, run.with_name("whole"))]
     assert max(relative_differences(*weights).values()) <= 1e-12

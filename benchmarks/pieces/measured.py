@@ -86,7 +86,7 @@ def speed(place: Place, name: str, *, compiled: bool) -> dict[str, Any]:
     """Images per second of the loop, of the bare step and of a plain script; share of the peak; memory."""
     work = WORK[name]
     size = _batch_size(place, work)
-    with prepared(*_settings(place, work, f"--runtime.compile={str(compiled).lower()}")) as training:
+    with prepared(*_settings(place, work, f"--runtime.compile={'default' if compiled else 'off'}")) as training:
         ours = size / _seconds(place, lambda steps: stretch(training, steps))
         found: dict[str, Any] = {"images_per_second": ours, "peak_memory_gb": _peak_memory_gb(place)}
         _leave_exactness()

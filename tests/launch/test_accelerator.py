@@ -225,6 +225,6 @@ def test_fsdp_is_asked_for_by_the_setting_or_the_launcher(launched: bool, monkey
         with pytest.raises(ValueError, match="FSDP cannot train in fp16") if shards is ValueError else nullcontext():
             assert resolve_sharding(config, precision)
         assert "ACCELERATE_USE_FSDP" not in os.environ, "Accelerate must not shard as well"
-    with pytest.raises(ValueError, match="FSDP does not go with --runtime.compile=true"):
-        resolve_sharding(RuntimeConfig(fsdp=True, compile=True), "no")
+    with pytest.raises(ValueError, match="FSDP does not go with --runtime.compile=default"):
+        resolve_sharding(RuntimeConfig(fsdp=True, compile="default"), "no")
     assert not resolve_sharding(RuntimeConfig(), "fp16")

@@ -54,7 +54,7 @@ def test_settings_that_leave_the_promise_say_so() -> None:
         RuntimeConfig(exact=False),
         RuntimeConfig(compress_gradients=True),
         RuntimeConfig(sync_batchnorm=True),
-        RuntimeConfig(compile=True),
+        RuntimeConfig(compile="default"),
     ):
         line = describe_exactness(config, LAUNCH)
         assert line is not None and line.startswith("note: with --runtime.") and "docs/sameness.md" in line

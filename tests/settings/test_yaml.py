@@ -92,6 +92,14 @@ def test_written_settings_are_plain_yaml_with_every_setting() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("written", "mode"), [("off", "off"), ("default", "default"), ("false", "off"), ("true", "default")]
+)
+def test_a_mode_of_the_compiler_may_be_a_truth_value(tmp_path: Path, written: str, mode: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"runtime: {{compile: {written}}}")
+    assert load_config(tmp_path / "config.yaml").runtime.compile == mode
+
+
 def test_settings_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"missing\.yaml does not exist"):
         load_config(tmp_path / "missing.yaml")

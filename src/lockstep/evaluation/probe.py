@@ -73,7 +73,7 @@ def look_into(model: nn.Module, images: Tensor, labels: Tensor, first: dict[str,
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and weight.ndim >= 2}
     try:
         with _silence_noted(model) as silent:
-            logits = model(images).float()
+            logits = model.forward(images).float()  # not by a call, which would compile it, hooks and all
         loss = functional.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True) if weights else ()
     finally:

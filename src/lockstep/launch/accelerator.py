@@ -161,7 +161,7 @@ def build_accelerator(config: RuntimeConfig) -> tuple[Accelerator, Launch]:
     shards = resolve_sharding(config, precision)
     accelerator, host_group = _connect(config, precision, on_cpu)
     require_world_size(accelerator)
-    if not config.compile:
+    if config.compile == "off":
         leave_compiler_out()
     cores = owned_cores()
     choose_threads(config, cores)

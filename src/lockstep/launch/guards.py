@@ -50,7 +50,7 @@ def refuse_other_loops() -> None:
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in ("no", ""):
         raise UserError(
-            f"dynamo_backend is {compiler}: launch with --dynamo_backend no, and set --runtime.compile=true"
+            f"dynamo_backend is {compiler}: launch with --dynamo_backend no, and set --runtime.compile=default"
         )
 
 
@@ -102,8 +102,8 @@ def resolve_sharding(config: RuntimeConfig, precision: str) -> bool:
     launched = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if (launched or config.fsdp) and precision == "fp16":
         raise UserError("FSDP cannot train in fp16 (each process would scale its part alone): launch with bf16")
-    if (launched or config.fsdp) and config.compile:
+    if (launched or config.fsdp) and config.compile != "off":
         raise UserError(
-            "FSDP does not go with --runtime.compile=true (torch.compile stops at its hooks): leave one out"
+            f"FSDP does not go with --runtime.compile={config.compile} (which stops at its hooks): leave one out"
         )
     return launched or config.fsdp

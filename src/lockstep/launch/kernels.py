@@ -17,7 +17,8 @@ def choose_kernels(config: RuntimeConfig, *, on_cpu: bool) -> None:
         # Read by cuBLAS when it starts; without it, matrix products may differ from run to run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # torch.use_deterministic_algorithms does the same, and imports the compiler (3.9 s) to tell it, too.
-        torch.use_deterministic_algorithms(True) if config.compile else torch.set_deterministic_debug_mode("error")
+        compiles = config.compile != "off"
+        torch.use_deterministic_algorithms(True) if compiles else torch.set_deterministic_debug_mode("error")
         # It would also fill every new tensor, in case somebody reads what nobody has written. Nothing here does.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.exact and not on_cpu  # which picks kernels by their time

@@ -41,7 +41,7 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
         **libraries,
         **{name: os.environ[name] for name in _CHOOSING_KERNELS if name in os.environ},
         "exact": sums_in_order(config),
-        "compile": config.compile,
+        "compile": config.compile if config.compile != "off" else False,
         **({"fsdp": True} if launch.fsdp else {}),  # which has a memory layout of its own
     }
 
@@ -58,7 +58,7 @@ def describe_exactness(config: RuntimeConfig, launch: Launch) -> str | None:
         "--runtime.exact=false": not config.exact,
         "--runtime.compress_gradients": config.compress_gradients,
         "--runtime.sync_batchnorm": config.sync_batchnorm,
-        "--runtime.compile": config.compile,
+        f"--runtime.compile={config.compile}": config.compile != "off",
     }
     found = [cause for cause, applies in causes.items() if applies]
     if not found:

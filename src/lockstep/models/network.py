@@ -12,6 +12,7 @@ from lockstep.augment.transform import progressive_width
 from lockstep.data.images import Data
 from lockstep.errors import UserError
 from lockstep.files import path_of
+from lockstep.models.compilation import compile_network
 from lockstep.models.freeze import freeze
 from lockstep.models.resnet import resnet9, resnet_basic
 from lockstep.models.small import (
@@ -136,9 +137,8 @@ def build_network(
     if frozen and not resumes:
         say(frozen)
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
-    if config.runtime.compile:
-        # In place: the names of the weights, and so checkpoints, stay as they are. Dropout draws as without compiling.
-        model.compile(options={"fallback_random": True})
+    if config.runtime.compile != "off":
+        compile_network(model, str(config.runtime.compile), path_of(config.data.cache_dir))
     return model
 
 

@@ -77,7 +77,7 @@ def _trace(
     try:
         model.eval()
         with torch.no_grad(), counter:
-            model(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
+            model.forward(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
     finally:
         for handle in hooks:
             handle.remove()

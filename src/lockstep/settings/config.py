@@ -528,8 +528,8 @@ class RuntimeConfig(_Section):
     """Type of weights; float64 is for proofs of equality"""
     exact: bool = True
     """The same bits on any number of processes: one order of sums, deterministic kernels; false: faster on GPUs"""
-    compile: bool = False
-    """torch.compile the network: pays on long GPU runs, seldom on CPUs"""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] | bool = "off"
+    """torch.compile the network, in this mode (true: default); each start measures what it gains: on CPUs a loss"""
     threads: int | None = None
     """CPU threads per process; default: the cores this process owns"""
     sync_batchnorm: bool = False
@@ -552,6 +552,8 @@ class RuntimeConfig(_Section):
     """Write a torch profiler trace of steps 10 to 15 to the run folder, and a table of what took their time"""
 
     def _refuse_contradictions(self) -> None:
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", "default" if self.compile else "off")
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
         seconds = self.rendezvous_seconds
         _require(seconds >= 1, f"--runtime.rendezvous_seconds={seconds} must be at least 1")
