@@ -1,5 +1,6 @@
 # make train: set up and train on real handwritten digits.  make test: the tests, in minutes.  make check: lint and types.
 # make test-all: those that take longer, too.  make slurm-test: all of SLURM, as root.  make soak: kills, bit flips, stalls.
+# make bench: how fast, beside others' loops; ten minutes.
 # make wheels: what a machine without network lacks beside its own torch (docs/offline.md).
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,10 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: help train wheels test test-all slurm-test soak check format clean
+.PHONY: help train wheels test test-all slurm-test soak bench check format clean
 
 help:
-	@sed -n 1,3p Makefile
+	@sed -n 1,4p Makefile
 
 # uv inside the environment installs everything in a fraction of pip's time.
 $(VENV)/bin/uv:
@@ -75,6 +76,9 @@ soak: $(DEV_READY)
 # As root, with munge, slurmctld, slurmd and slurm-client: about a quarter of an hour on two cores.
 slurm-test: $(DEV_READY)
 	$(BIN)/python -m pytest tests/test_slurm.py tests/test_sync_wandb.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/speed.py
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

@@ -1,29 +1,34 @@
-"""How fast train.py is beside a plain Accelerate script of the same work: both as programs, in turn.
+"""How fast train.py is beside the same training as others would write it, and beside the bare step.
 
-    python benchmarks/speed.py                              # nine minutes on two cores
-    python benchmarks/speed.py --model fashion_cnn
+    make bench                                                             # ten minutes on two cores
+    python benchmarks/speed.py --cases cifar10_cnn-bf16 --out result.json
+    python benchmarks/speed.py --packages DIR                              # where Lightning and transformers lie
 
-Both are started by `accelerate launch` with the same precision and train the same network on random 32x32 images with
-random crops and flips, batches of 256. Images per second of training, without the first epoch; medians over rounds.
-On a GPU train.py multiplies fp32 matrices in TF32, which the plain script does not.
-
-Measured with cifar10_cnn on a 2-core AMD EPYC (AVX512-BF16), train.py / plain script: with the one thread that the
-launcher gives by default and two data workers 3.7 (fp32) and 2.8 (bf16), without workers 4.0 and 3.6; with two threads
-2.4 and 2.6, without workers 2.2 and 2.6.
+All are programs, started in turn, each with all cores: train.py and plain_accelerate.py by `accelerate launch`, those
+of rivals.py by themselves, which have two data workers where not said otherwise. They train the same network on random
+images with random crops and flips, batches of 256. Images per second of training, without the first epoch: medians over
+rounds, with the smallest and largest. Lightning and transformers are left out where they are not installed
+(`pip install --target DIR lightning transformers`). On a GPU see gpu.py.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lockstep.launch.machine import cpu_model
+
 ROOT = Path(__file__).resolve().parents[1]
-BATCH_SIZE, EPOCHS = 256, 3
+BATCH_SIZE, EPOCHS, IMAGES = 256, 4, 2560
 SETTINGS = (
     f"--train.batch_size={BATCH_SIZE}",
     f"--train.micro_batch_size={BATCH_SIZE}",
@@ -39,66 +44,138 @@ SETTINGS = (
     "--optim.momentum=0.9",
     "--optim.weight_decay=0",
     "--schedule.name=constant",
-    "--checkpoint.every_steps=1000000",
-    "--log.every_steps=1000000",  # a line per epoch, as the plain script times them
+    "--checkpoint.every_epochs=1000",
+    "--log.every_steps=1000000",  # a line per epoch, as the others time them
     "--log.wandb=disabled",
     "--log.tensorboard=false",
     "--log.figures=false",
 )
+OURS = "train.py"
 
 
-def launch(precision: str, threads: int, program: str, *arguments: str) -> None:
-    """Start a program by Accelerate's launcher, on one GPU or with so many CPU threads."""
-    options = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    options += ["--mixed_precision", precision, "--num_cpu_threads_per_process", str(threads)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
+@dataclass(frozen=True)
+class Case:
+    """A network and its images, in one precision, and who trains it beside train.py."""
+
+    model: str
+    shape: str
+    precision: str
+    programs: dict[str, str]
+    """What it is called in the table -> plain, or a name of rivals.py"""
+
+    @property
+    def source(self) -> str:
+        return f"synthetic:{self.shape}x{IMAGES}"
 
 
-def plain_speed(place: Path, source: str, model: str, precision: str, threads: int, workers: int) -> float:
-    out = place / "plain.json"
-    sizes = ["--batch_size", str(BATCH_SIZE), "--micro_batch_size", str(BATCH_SIZE), "--epochs", str(EPOCHS)]
-    choices = ["--source", source, "--model", model, "--workers", str(workers), "--out", str(out)]
-    launch(precision, threads, "benchmarks/plain_accelerate.py", *sizes, *choices)
-    return statistics.median(json.loads(out.read_text())["images_per_second"][1:])
+_SCRIPTS = {
+    "plain Accelerate script": "plain",
+    "timm-like script": "timm_like",
+    "Lightning": "lightning",
+    "Hugging Face Trainer": "hf_trainer",
+    "bare step": "bare_step",
+}
+_FIRST_LOOP = {"a first loop by hand, fp32, no workers": "by_hand", "bare step": "bare_step"}
+CASES = {
+    "cifar10_cnn-bf16": Case("cifar10_cnn", "32x32x3", "bf16", _SCRIPTS),
+    "cifar10_cnn-fp32": Case("cifar10_cnn", "32x32x3", "no", {"plain Accelerate script": "plain"}),
+    "simple_cnn-bf16": Case("simple_cnn", "28x28x1", "bf16", _FIRST_LOOP),
+    "fashion_cnn-bf16": Case("fashion_cnn", "28x28x1", "bf16", _FIRST_LOOP),
+}
+_PACKAGES = {"lightning": "lightning", "hf_trainer": "transformers"}
 
 
-def our_speed(place: Path, source: str, model: str, precision: str) -> float:
-    run = Path(tempfile.mkdtemp(dir=place))
-    choices = [f"--data.source={source}", f"--model.name={model}", f"--run.root={run}", "--run.name=run"]
-    launch(precision, 1, "train.py", *choices, f"--data.cache_dir={place / 'cache'}", *SETTINGS)
-    lines = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines[1:] if line["split"] == "train")
+class Bench:
+    """Starts programs, and knows where they leave what they measured."""
+
+    def __init__(self, place: Path, packages: str | None) -> None:
+        self._place = place
+        self._cores = torch.get_num_threads()
+        paths = [ROOT / "benchmarks", packages, os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(str(entry) for entry in paths if entry)
+        self._environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self._cores)}
+
+    def speed(self, case: Case, program: str) -> float:
+        """Images per second: the median of a program's epochs after the first."""
+        if program == OURS:
+            return self._ours(case)
+        out = self._place / "speeds.json"
+        arguments = ["--source", case.source, "--model", case.model, "--epochs", str(EPOCHS), "--out", str(out)]
+        if program == "plain":
+            sizes = [f"--{size}={BATCH_SIZE}" for size in ("batch_size", "micro_batch_size")]
+            self._start(
+                [*self._launcher(case), str(ROOT / "benchmarks/plain_accelerate.py"), *sizes, "--workers=2"], arguments
+            )
+        else:
+            self._start([sys.executable, str(ROOT / "benchmarks/rivals.py"), program], arguments)
+        return statistics.median(json.loads(out.read_text())["images_per_second"][1:])
+
+    def _ours(self, case: Case) -> float:
+        run = Path(tempfile.mkdtemp(dir=self._place), "run")
+        places = [f"--run.root={run.parent}", f"--run.name={run.name}", f"--data.cache_dir={self._place / 'cache'}"]
+        names = [f"--data.source={case.source}", f"--model.name={case.model}"]
+        self._start([*self._launcher(case), str(ROOT / "train.py")], [*names, *places, *SETTINGS])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return statistics.median([line["images_per_second"] for line in lines if line["split"] == "train"][1:])
+
+    def _launcher(self, case: Case) -> list[str]:
+        options = ["--quiet", "--num_processes=1", "--num_machines=1", "--dynamo_backend=no"]
+        options += [f"--mixed_precision={case.precision}", f"--num_cpu_threads_per_process={self._cores}"]
+        return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+    def _start(self, program: list[str], arguments: list[str]) -> None:
+        command = [*program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=self._environment)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
+
+
+def is_there(program: str, packages: str | None) -> bool:
+    """Whether what a program needs is installed, beside the project or in `packages`."""
+    name = _PACKAGES.get(program)
+    return name is None or find_spec(name) is not None or (packages is not None and Path(packages, name).is_dir())
+
+
+def measure(case: Case, rounds: int, packages: str | None) -> dict[str, list[float]]:
+    """Images per second of every program in every round, train.py first."""
+    programs = {OURS: OURS} | {name: program for name, program in case.programs.items() if is_there(program, packages)}
+    speeds: dict[str, list[float]] = {name: [] for name in programs}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), packages)
+        for _ in range(rounds):
+            for name, program in programs.items():
+                speeds[name].append(bench.speed(case, program))
+    return speeds
+
+
+def table_of(name: str, speeds: dict[str, list[float]]) -> str:
+    """Markdown: each program's speed with its spread, and how many times as fast train.py is, round by round."""
+    lines = [f"| {name} | images/s | train.py is | from | to |", "|---|---|---|---|---|"]
+    for program, found in speeds.items():
+        ratios = sorted(ours / other for ours, other in zip(speeds[OURS], found, strict=True))
+        cells = [f"{statistics.median(found):,.0f}", f"{statistics.median(ratios):.2f} times as fast"]
+        lines.append(f"| {' | '.join([program, *cells, f'{ratios[0]:.2f}', f'{ratios[-1]:.2f}'])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar10_cnn", help="a name as --model.name takes it")
-    parser.add_argument("--images", type=int, default=5120)
-    parser.add_argument("--precision", nargs="+", default=["no", "bf16"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--packages", help="a folder that pip installed Lightning and transformers into")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
-    source = f"synthetic:32x32x3x{options.images}"
-    cores = torch.get_num_threads()
-    for precision in options.precision:
-        plain: dict[str, list[float]] = {}
-        ours = []
-        for _ in range(options.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder)
-                for threads in sorted({1, cores}):
-                    for workers in (0, 2):
-                        name = f"{threads} threads, {workers} workers"
-                        speed = plain_speed(place, source, options.model, precision, threads, workers)
-                        plain.setdefault(name, []).append(speed)
-                ours.append(our_speed(place, source, options.model, precision))
-        speed = statistics.median(ours)
-        print(f"{options.model}, precision {precision}: train.py {speed:,.0f} images/s")
-        for name, speeds in plain.items():
-            other = statistics.median(speeds)
-            print(f"  plain script, {name}: {other:,.0f} images/s; train.py is {speed / other:.2f} times as fast")
+    found: dict[str, Any] = {
+        "machine": cpu_model(),
+        "cores": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "speeds": {},
+    }
+    print(f"{found['machine']}, {found['cores']} cores, torch {found['torch']}; medians of {options.rounds} rounds")
+    for name in options.cases:
+        found["speeds"][name] = measure(CASES[name], options.rounds, options.packages)
+        print(f"\n{table_of(name, found['speeds'][name])}", flush=True)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

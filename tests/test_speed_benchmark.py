@@ -1,0 +1,31 @@
+"""benchmarks/speed.py: every program runs, and the table says what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ROOT, finish, start
+from speed import table_of
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A slow round of the machine slows both."""
+    table = table_of("net-bf16", {"train.py": [100.0, 50.0, 120.0], "other": [50.0, 25.0, 40.0]}).splitlines()
+    assert table[0].startswith("| net-bf16 | images/s |")
+    assert table[2:] == [
+        "| train.py | 100 | 1.00 times as fast | 1.00 | 1.00 |",
+        "| other | 40 | 2.00 times as fast | 2.00 | 3.00 |",
+    ]
+
+
+@pytest.mark.slow
+def test_a_round_of_programs_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    program = [sys.executable, str(ROOT / "benchmarks/speed.py")]
+    done = finish(start([*program, "--rounds=1", "--cases", "simple_cnn-bf16", f"--out={out}"], tmp_path), 240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    speeds = json.loads(out.read_text())["speeds"]["simple_cnn-bf16"]
+    assert list(speeds) == ["train.py", "a first loop by hand, fp32, no workers", "bare step"]
+    assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in speeds.values())
+    assert "| bare step | " in done.stdout
