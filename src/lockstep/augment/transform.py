@@ -75,9 +75,11 @@ class Transform:
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalise only: (x / 255 - mean) / std."""
-        scale, bias = _scale_and_bias(self.mean, self.std, self.dtype, images.device)
-        pixels = images.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.channels_last)
-        return torch.addcmul(bias, pixels, scale)
+        batch, height, width, channels = images.shape
+        scale, bias = _scale_and_bias(self.mean, self.std, width, self.dtype, images.device)
+        # Rows of W * C numbers: with three at a time it takes four times as long on a CPU.
+        rows = images.to(self.dtype).reshape(batch, height, width * channels)
+        return torch.addcmul(bias, rows, scale).view(images.shape).permute(0, 3, 1, 2)
 
     def train_batch(
         self, images: Tensor, labels: Tensor, keys: Tensor, seed: tuple[int, int, int]
@@ -166,12 +168,12 @@ def progressive_width(config: AugmentConfig, epoch: int, width: int) -> int:
 
 @cache  # a step does not wait for a GPU to have them
 def _scale_and_bias(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What pixels (C, H, W) in [0, 255] are multiplied by, and what is then added, (C, 1, 1) each."""
+    """What a row of pixels in [0, 255] is multiplied by, and what is then added, (W * C,) each."""
     means, stds = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     scale, bias = 1 / (255 * stds), -means / stds
-    return scale.to(device, dtype).view(-1, 1, 1), bias.to(device, dtype).view(-1, 1, 1)
+    return scale.to(device, dtype).repeat(width), bias.to(device, dtype).repeat(width)
 
 
 def build_transform(
