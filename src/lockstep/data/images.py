@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 SKIPPED_LABEL = -100  # what torch's losses ignore by default
 _PROBES = 32  # images looked at to learn size and channels
-_CHUNK = 1024  # images summed at a time
+_CHUNK = 256  # images summed at a time: so many squares of at most 255 are a whole number that float32 holds
 # Of ImageNet's training images, the field's usual constants; grey is the mean over the channels.
 _IMAGENET_MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
 _IMAGENET_STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
@@ -224,13 +224,12 @@ def _normalization(
 def _measure(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of `images[rows]` / 255; a constant channel gets deviation 1."""
     height, width, channels = images.shape[1:]
-    # Sums of integers stay exact in float64, so that the order and size of the chunks leave no trace.
-    total = np.zeros(height * width * channels)
-    squares = np.zeros_like(total)
+    # All sums are whole numbers and exact, so that order and size of the chunks leave no trace.
+    sums = torch.zeros(2, height * width * channels, dtype=torch.float64)
     for chunk in rows.split(_CHUNK):
-        pixels = images[chunk].reshape(len(chunk), -1).numpy().astype(np.float64)
-        total += pixels.sum(axis=0)
-        squares += np.einsum("np,np->p", pixels, pixels)
+        pixels = images[chunk].reshape(len(chunk), -1).float()
+        sums += torch.stack([pixels.sum(0), pixels.square_().sum(0)])
+    total, squares = sums.numpy()
     count = len(rows) * height * width
     mean = total.reshape(-1, channels).sum(axis=0) / count
     variance = squares.reshape(-1, channels).sum(axis=0) / count - mean**2
