@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lockstep.errors import UsageError
-from lockstep.settings.cli import RECIPES, Evaluation, parse_config, parse_evaluation
+from lockstep.settings.cli import _ELSEWHERE, RECIPES, Evaluation, parse_config, parse_evaluation
 from lockstep.settings.config import Config, settings_digest
-from lockstep.settings.yaml import config_to_yaml, load_config
+from lockstep.settings.yaml import HINTS, config_to_yaml, load_config
 
 ROOT = RECIPES.parent
 Refusal = Callable[..., str]
@@ -361,3 +361,22 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained: Path, refusal: Refusal)
     assert "--run" in refused("--run")
     for wrong in ("hot", "0", "-1", "nan", "inf"):
         assert f"'{wrong}' is neither fit nor a number above 0" in refused(f"--run={trained}", f"--temperature={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [
+        ("--learning_rate=1", "--optim.lr"),
+        ("--train.lerning-rate=1", "--optim.lr"),
+        ("--num_workers=2", "--data.workers"),
+        ("--gradient_accumulation_steps=4", "--train.micro_batch_size"),
+        ("--weight_decay=0", "Did you mean optim.weight_decay"),
+    ],
+)
+def test_what_other_programs_call_a_setting_is_answered_with_its_name_here(flag: str, ours: str) -> None:
+    with pytest.raises(UsageError, match=ours):
+        parse_config([flag])
+
+
+def test_every_name_of_other_programs_stands_for_a_setting() -> None:
+    assert set(_ELSEWHERE.values()) <= set(HINTS)

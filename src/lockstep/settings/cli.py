@@ -5,6 +5,7 @@ argparse reads flags from left to right, and a recipe's settings take their plac
 
 import argparse
 import ast
+import difflib
 import inspect
 import math
 import os
@@ -148,10 +149,33 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
+_ELSEWHERE = {
+    "accum": "train.micro_batch_size",
+    "amp": "runtime.precision",
+    "dataset": "data.source",
+    "data_dir": "data.root",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "learning_rate": "optim.lr",
+    "mixed_precision": "runtime.precision",
+    "num_classes": "data.num_classes",
+    "num_epochs": "train.epochs",
+    "num_workers": "data.workers",
+    "opt": "optim.name",
+    "optimizer": "optim.name",
+    "output_dir": "run.root",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "scheduler": "schedule.name",
+}
+"""What other programs call a setting"""
+
+
 def _refuse(argument: str) -> NoReturn:
     if not argument.startswith("--"):
         raise UserError(f"{argument} is no setting: settings are written --section.key=value")
     name = argument.split("=")[0].removeprefix("--")
+    last = name.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if foreign := difflib.get_close_matches(last, _ELSEWHERE, n=1, cutoff=0.8):
+        raise UserError(f"unknown setting --{name}. Here it is --{_ELSEWHERE[foreign[0]]}")
     raise UserError(f"unknown setting --{name}.{did_you_mean(name, [*HINTS, *_OTHER_FLAGS])}")
 
 
