@@ -106,6 +106,10 @@ def shorten(text: str, most: int) -> str:
 def save(figure: "Figure", path: Path) -> "Figure":
     """Write a PNG file, as a whole or not at all."""
     set_fonts(figure)
+    if layout := figure.get_layout_engine():
+        # Now and for good: every drawing, here and by trackers, would draw once more to find the layout.
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     with written_aside(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
     return figure
