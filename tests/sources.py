@@ -1,6 +1,9 @@
 """Data sets on disk for tests, in the forms that sources read."""
 
+import io
 import struct
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +55,33 @@ def hub_folder(root: Path, rows: dict[str, list[tuple[bytes | None, int | None]]
     return f"hf:{root}"
 
 
-def png(value: int) -> bytes:
-    import io
+def write_shard(path: Path, files: Iterable[tuple[str, bytes | str]]) -> None:
+    """An uncompressed tar file of these names and contents, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
+
+def tar_of_folder(images: Path, root: Path, splits: tuple[str, ...]) -> str:
+    """The samples of an image folder in two shards a split, in the same order, and the names of its classes."""
+    for split in splits:
+        classes = sorted(path.name for path in (images / split).iterdir())
+        files = [
+            (f"{label:03d}_{path.name}", path.read_bytes(), f"{label:03d}_{path.stem}.cls", str(label))
+            for label, name in enumerate(classes)
+            for path in sorted((images / split / name).iterdir())
+        ]
+        for number, part in enumerate((files[: len(files) // 3], files[len(files) // 3 :])):
+            pairs = [pair for image, content, cls, label in part for pair in ((image, content), (cls, label))]
+            write_shard(root / f"{split or 'train'}-{number:06d}.tar", pairs)
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return f"tar:{root}"
+
+
+def png(value: int) -> bytes:
     Image.new("L", (4, 4), value).save(buffer := io.BytesIO(), "png")
     return buffer.getvalue()

@@ -11,12 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fork_server import ForkServer
 from launches import AUGMENTED, FINE_TUNING, NETWORKS, PROOF, train_on
+from PIL import Image
 from programs import ROOT, finish, launch, launch_command, start, wait_for_step
 from runs import differences
+from sources import tar_of_folder
 
 from lockstep.commands.compare import relative_differences
 from lockstep.models.weights import load_weights
@@ -52,6 +55,27 @@ def test_several_ddp_buckets_and_streamed_images_change_nothing(server: ForkServ
     alone = train_on(server, 1, tmp_path, *wide)
     streamed = train_on(server, 4, tmp_path, *wide, "--data.memory_budget=0", "--data.workers=1")
     assert differences(streamed, alone) == []
+
+
+@pytest.mark.slow
+def test_tar_shards_are_the_folder_that_they_were_made_of(server: ForkServer, tmp_path: Path) -> None:
+    """In memory on one process; streamed by workers, which share the shards' handles, on two."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 80), ("val", 20)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / f"images/{split}/{name}/{number}.png")
+    shards = tar_of_folder(tmp_path / "images", tmp_path / "shards", ("train", "val"))
+    settings = ("--model.name=tiny_cnn", "--augment.mean=[0.3]", "--augment.std=[0.4]", "--train.epochs=12")
+    folder = train_on(server, 1, tmp_path / "folder", *settings, f"--data.source=folder:{tmp_path}/images")
+    tar = train_on(server, 1, tmp_path / "tar", *settings, f"--data.source={shards}")
+    (identity,) = differences(tar, folder)
+    assert identity.startswith("summary.json"), "the files are others, and nothing else is"
+    streamed = ("--data.memory_budget=0", "--data.workers=2")
+    pair = train_on(server, 2, tmp_path / "tar", *settings, f"--data.source={shards}", *streamed)
+    assert differences(pair, tar) == []
 
 
 def test_the_proof_would_notice_another_order(server: ForkServer, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ ORDER = [
     "data.sources.torchvision",
     "data.sources.hub",
     "data.sources.folder",
+    "data.sources.tar_index",
+    "data.sources.tar",
     "data.sources.synthetic",
     "data.sources.kinds",
     "data.portions",

@@ -3,8 +3,8 @@
 Put it where train.py stands, `accelerate launch [options] -m lockstep doctor [...]`, to examine that very launch. Every
 process runs every check and the main process prints one line for each: ok, warning, failed or skipped, what was found,
 and what to do. The exit code is 1 if something failed. No run folder is made and nothing is left behind, except
-downloads of the data set and pretrained weights. All training is thrown away, and no image is decoded that one step
-does not need.
+downloads of the data set and pretrained weights, and the index of tar shards. All training is thrown away, and no image
+is decoded that one step does not need.
 """
 
 import math

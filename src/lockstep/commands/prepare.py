@@ -49,7 +49,7 @@ def _places(data: Data, config: Config) -> list[str]:
         from datasets.config import HF_DATASETS_CACHE
 
         lines.append(f"files: {HF_DATASETS_CACHE} (HF_HOME moves it)")
-    elif kind in ("hf", "folder"):
+    elif kind in ("hf", "folder", "tar"):
         lines.append(f"files: {path_of(name).resolve()}")
     decoded = f"decoded images: {path_of(config.data.cache_dir).resolve()} (--data.cache_dir)"
     streams = "decoded images: none, this set streams (--data.memory_budget)"

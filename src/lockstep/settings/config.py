@@ -84,11 +84,11 @@ class DataConfig(_Section):
     _name = "data"
 
     source: str = "embedded:digits"
-    """embedded:digits, torchvision:<Name>, hf:<hub name or folder>, folder:<path> or synthetic:HxWxCxN"""
+    """embedded:digits, torchvision:<Name>, hf:<hub name or folder>, folder:<path>, tar:<folder> or synthetic:HxWxCxN"""
     root: str = "data"
     """Folder that torchvision data sets are downloaded to"""
     cache_dir: str = "~/.cache/lockstep"
-    """Folder for decoded uint8 images"""
+    """Folder for decoded uint8 images, and the index of tar shards"""
     val_fraction: float = 0.1
     """Share of the training set held out for validation, stratified by class; unused if the source has its own"""
     test_fraction: float = 0.2
@@ -100,9 +100,9 @@ class DataConfig(_Section):
     samples_per_class: int | None = None
     """Train on this many samples of each class, drawn from what is not held out; default: all"""
     image_column: str | None = None
-    """Column of the images in hf: sources; default: the first of images"""
+    """Column of the images in hf: sources, their extension in tar: ones; default: the first of images"""
     label_column: str | None = None
-    """Column of the labels in hf: sources; default: label, labels, fine_label or the first of classes"""
+    """Column of the labels in hf: sources (default: label or alike), extension or JSON key in tar: ones (cls, label)"""
     workers: int = 0
     """Processes that decode images of a set too large for the cache; -1: one per spare core"""
     memory_budget: float = 2.0
@@ -126,8 +126,10 @@ class DataConfig(_Section):
         _require(few is None or few >= 1, f"--data.samples_per_class={few} must be at least 1")
         for name in ("image_column", "label_column"):
             value = getattr(self, name)
-            is_hub = self.source.startswith("hf:")
-            _require(value is None or is_hub, f"--data.{name}={value} has no meaning for --data.source={self.source}")
+            has_columns = self.source.startswith(("hf:", "tar:"))
+            _require(
+                value is None or has_columns, f"--data.{name}={value} has no meaning for --data.source={self.source}"
+            )
         _require(self.workers >= -1, f"--data.workers={self.workers} must be -1 (choose for me), 0 or more")
         _require(self.memory_budget >= 0, f"--data.memory_budget={self.memory_budget} must not be negative")
         _require(self.repeats >= 1, f"--data.repeats={self.repeats} must be at least 1")

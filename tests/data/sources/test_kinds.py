@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from sources import hub_folder, image_folder, open_named, png, write_mnist
+from sources import hub_folder, image_folder, open_named, png, tar_of_folder, write_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _hub_cache(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("digits", "not of a known kind: embedded:..., torchvision:..., hf:..., folder:..., synthetic:..."),
+        ("digits", "not of a known kind: embedded:..., torchvision:..., hf:..., folder:..., tar:..., synthetic:..."),
         ("embeded:digits", "Did you mean embedded"),
         ("embedded:digit", "the only embedded data set is embedded:digits"),
         ("torchvision:FashionMINST", "Did you mean FashionMNIST"),
@@ -39,6 +39,7 @@ def test_splits_can_be_sent_to_workers(tmp_path) -> None:
     write_mnist(tmp_path)
     rows = {"train": [(png(1), 0), (png(2), 1)], "test": [(png(3), 0)]}
     names = ["embedded:digits", "torchvision:MNIST", image_folder(tmp_path / "images"), "synthetic:8x8x1x20"]
+    names.append(tar_of_folder(tmp_path / "images", tmp_path / "shards", ("",)))
     for name in [*names, hub_folder(tmp_path / "set", rows)]:
         split = open_named(name, tmp_path).splits["test"]
         copy = pickle.loads(pickle.dumps(split))

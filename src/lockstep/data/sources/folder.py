@@ -8,18 +8,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lockstep.data.sources.source import VAL_NAMES, Source, Split, digest_of, open_encoded, spread
+from lockstep.data.sources.source import (
+    IMAGE_EXTENSIONS,
+    LOOKED_AT_BYTES,
+    LOOKED_INTO,
+    VAL_NAMES,
+    Source,
+    Split,
+    digest_of,
+    open_encoded,
+    spread,
+)
 from lockstep.errors import UserError
 from lockstep.files import path_of
 from lockstep.settings.config import DataConfig
 from lockstep.settings.types import is_name
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLIT_NAMES = ("test", "testing", "training", *VAL_NAMES)
 """What may stand beside train, and is no class where nothing else stands there"""
-
-_LOOKED_INTO, _LOOKED_AT_BYTES = 256, 1 << 16
-"""Files of a split whose contents count for the identity of the data, and how much of each"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +61,7 @@ def open_folder(name: str, config: DataConfig) -> Source:
         paths, labels, stamps = _list_images(folder, classes)
         listing += [split.encode(), *stamps]
         content += [split.encode(), *(stamp.rpartition(b"|")[0] for stamp in stamps)]
-        content += [_beginning(folder / os.fsdecode(paths[row])) for row in spread(len(paths), _LOOKED_INTO)]
+        content += [_beginning(folder / os.fsdecode(paths[row])) for row in spread(len(paths), LOOKED_INTO)]
         reader = _Files(folder, np.array(paths, dtype=np.bytes_))
         splits[split] = Split(split, np.array(labels, dtype=np.int64), reader, reader.path)
     fingerprint = digest_of(str(root.resolve()).encode(), *listing)
@@ -66,7 +72,7 @@ def _beginning(path: Path) -> bytes:
     """The first bytes of a file; none if it cannot be read, which is told when its image is needed."""
     try:
         with path.open("rb") as file:
-            return file.read(_LOOKED_AT_BYTES)
+            return file.read(LOOKED_AT_BYTES)
     except OSError:
         return b""
 
@@ -94,7 +100,7 @@ def _list_images(folder: Path, classes: Sequence[str]) -> tuple[list[bytes], lis
         place = folder / name
         files = sorted(_images_below(str(place), (str(place.resolve().parent),))) if place.is_dir() else []
         if not files and place.is_dir():
-            raise UserError(f"{place} holds no images ({' '.join(_EXTENSIONS)}): fill or remove the class")
+            raise UserError(f"{place} holds no images ({' '.join(IMAGE_EXTENSIONS)}): fill or remove the class")
         for file in files:
             path = os.fsencode(os.path.relpath(file, folder))
             status = os.stat(file) if os.path.exists(file) else None  # a broken link is reported when it is read
@@ -121,7 +127,7 @@ def _images_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     for entry in inside:
         if entry.is_dir():
             yield from _images_below(entry.path, (*above, own))
-        elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.name.startswith("."):
             if not entry.is_file() and os.path.exists(entry.path):  # a pipe would be waited for; no file is told later
                 raise UserError(f"{entry.path} is not a file: remove it")
             yield entry.path

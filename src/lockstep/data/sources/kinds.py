@@ -11,6 +11,7 @@ from lockstep.data.sources.folder import open_folder
 from lockstep.data.sources.hub import open_hub
 from lockstep.data.sources.source import Source, Split
 from lockstep.data.sources.synthetic import open_synthetic
+from lockstep.data.sources.tar import open_tar
 from lockstep.data.sources.torchvision import open_torchvision
 from lockstep.data.split import draw_validation_split
 from lockstep.errors import UserError, did_you_mean
@@ -25,6 +26,7 @@ KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
     "torchvision": open_torchvision,
     "hf": open_hub,
     "folder": open_folder,
+    "tar": open_tar,
     "synthetic": open_synthetic,
 }
 """What stands before the colon -> what opens the rest of it"""

@@ -12,8 +12,11 @@ from PIL import Image
 from lockstep.settings.config import DataConfig
 
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 VAL_NAMES = ("validation", "valid", "val", "dev")
 """What others call a validation split"""
+LOOKED_INTO, LOOKED_AT_BYTES = 256, 1 << 16
+"""Files of a split whose contents count for the identity of the data, and how much of each"""
 
 
 Identity = dict[str, int | str]
