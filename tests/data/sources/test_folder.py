@@ -180,3 +180,23 @@ def test_renamed_classes_are_other_data(tmp_path: Path) -> None:
     before = open_named(f"folder:{tmp_path}").identity
     (tmp_path / "cat").rename(tmp_path / "zebra")
     assert open_named(f"folder:{tmp_path}").identity["class_names"] != before["class_names"]
+
+
+def test_the_identity_of_a_folder_is_that_of_earlier_runs(tmp_path: Path) -> None:
+    """A run continues only with the data that it knows: another digest of the same files would end it."""
+    for split, names in (("train", ("cat", "dog", "fox")), ("val", ("cat", "fox"))):
+        for number, name in enumerate(names):
+            place = tmp_path / split / name / "below"
+            place.mkdir(parents=True)
+            for file in range(number + 2):
+                (place / f"{file}.ppm").write_bytes(b"P5 1 1 255 " + bytes([40 * number + file]))
+            (place.parent / "z.ppm").write_bytes(b"P5 1 1 255 a")
+    (tmp_path / "train/dog/gone.png").symlink_to("nowhere")
+    source = open_named(f"folder:{tmp_path}")
+    assert source.identity["content"] == "1a4975e00f15caaf"
+    assert source.splits["train"].labels.tolist() == [0] * 3 + [1] * 5 + [2] * 5
+    assert [source.splits["val"].where(row)[len(str(tmp_path)) :] for row in (0, 2, 6)] == [
+        "/val/cat/below/0.ppm",
+        "/val/cat/z.ppm",
+        "/val/fox/z.ppm",
+    ]

@@ -1,9 +1,12 @@
 """`folder:<path>`: image files in class folders, `path/[train|val|test/]<class>/**/<image>`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +29,8 @@ from lockstep.settings.types import is_name
 
 _SPLIT_NAMES = ("test", "testing", "training", *VAL_NAMES)
 """What may stand beside train, and is no class where nothing else stands there"""
+_THREADS = 16
+"""That list classes: a network disk answers many questions at once as fast as one"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,14 @@ class _Files:
         return open_encoded(self.path(row))
 
 
+class _Listing(NamedTuple):
+    """Paths as bytes (N,); what tells of a change, and what stays in a copy: a string for all, as that takes less."""
+
+    paths: np.ndarray
+    stamps: bytes
+    sizes: bytes
+
+
 def open_folder(name: str, config: DataConfig) -> Source:
     """Open a folder of image files; raises UserError if it or its class folders are not as they should be."""
     root = path_of(name)
@@ -53,17 +66,21 @@ def open_folder(name: str, config: DataConfig) -> Source:
         folders = {split: root / found for split, names in candidates.items()
                    if (found := next((name for name in names if (root / name).is_dir()), None))}  # fmt: skip
     classes = _class_folders(folders["train"])
-    splits, listing, content = {}, [], []
+    splits: dict[str, Split] = {}
+    listing, content = [], []
     for split, folder in folders.items():
         strangers = set(_class_folders(folder)) - set(classes)
         if strangers:
             raise UserError(f"{folder / min(strangers)} is a class that {folders['train']} does not have")
-        paths, labels, stamps = _list_images(folder, classes)
-        listing += [split.encode(), *stamps]
-        content += [split.encode(), *(stamp.rpartition(b"|")[0] for stamp in stamps)]
-        content += [_beginning(folder / os.fsdecode(paths[row])) for row in spread(len(paths), LOOKED_INTO)]
-        reader = _Files(folder, np.array(paths, dtype=np.bytes_))
-        splits[split] = Split(split, np.array(labels, dtype=np.int64), reader, reader.path)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            listings = list(pool.map(partial(_list_class, folder), classes))
+        counts = [len(found.paths) for found in listings]
+        listing += [split.encode(), *(found.stamps for found in listings if len(found.paths))]
+        content += [split.encode(), *(found.sizes for found in listings if len(found.paths))]
+        reader = _Files(folder, np.concatenate([found.paths for found in listings]))
+        content += [_beginning(Path(reader.path(row))) for row in spread(sum(counts), LOOKED_INTO)]
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+        splits[split] = Split(split, labels, reader, reader.path)
     fingerprint = digest_of(str(root.resolve()).encode(), *listing)
     return Source(config.source, tuple(classes), splits, fingerprint, digest_of(*content))
 
@@ -91,23 +108,24 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
-def _list_images(folder: Path, classes: Sequence[str]) -> tuple[list[bytes], list[int], list[bytes]]:
-    """Paths below `folder`, labels, and a stamp (path, size, time of change) per file."""
-    paths: list[bytes] = []
-    labels: list[int] = []
-    stamps: list[bytes] = []
-    for label, name in enumerate(classes):
-        place = folder / name
-        files = sorted(_images_below(str(place), (str(place.resolve().parent),))) if place.is_dir() else []
-        if not files and place.is_dir():
-            raise UserError(f"{place} holds no images ({' '.join(IMAGE_EXTENSIONS)}): fill or remove the class")
-        for file in files:
-            path = os.fsencode(os.path.relpath(file, folder))
-            status = os.stat(file) if os.path.exists(file) else None  # a broken link is reported when it is read
-            paths.append(path)
-            labels.append(label)
-            stamps.append(path + (f"|{status.st_size}|{status.st_mtime_ns}".encode() if status else b""))
-    return paths, labels, stamps
+def _list_class(folder: Path, name: str) -> _Listing:
+    """The images of a class that `folder` has, or none of one that it lacks."""
+    place, above = folder / name, os.path.join(folder, "")
+    files = sorted(_images_below(above + name, (str(place.resolve().parent),))) if place.is_dir() else []
+    if not files and place.is_dir():
+        raise UserError(f"{place} holds no images ({' '.join(IMAGE_EXTENSIONS)}): fill or remove the class")
+    paths = [os.fsencode(file[len(above) :]) for file in files]
+    sizes, times = [], []
+    for file, path in zip(files, paths, strict=True):
+        try:
+            status = os.stat(file)
+        except OSError:  # a broken link, or no permission: it is told when its image is read
+            sizes.append(b"")
+            times.append(path)
+        else:
+            sizes.append(b"%b|%d" % (path, status.st_size))
+            times.append(b"%b|%d" % (sizes[-1], status.st_mtime_ns))
+    return _Listing(np.array(paths, dtype=np.bytes_), b"|".join(times), b"|".join(sizes))
 
 
 def _images_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
