@@ -11,6 +11,7 @@ from PIL import Image
 from programs import ROOT, environment
 
 from lockstep.commands.prepare import prepare
+from lockstep.errors import UserError
 from lockstep.settings.cli import parse_config
 
 
@@ -40,6 +41,21 @@ def test_decodes_into_the_cache_once_and_makes_no_run(tmp_path: Path, monkeypatc
 
     streamed = prepare(parse_config([*arguments, "--data.memory_budget=0"]))
     assert any(line.startswith("decoded images: none") for line in streamed)
+
+
+def test_every_broken_image_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = image_folder(tmp_path / "pets")
+    broken = [source / name for name in ("train/cat/1.png", "train/dog/5.png", "val/dog/0.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    arguments = [f"--data.source=folder:{source}", f"--data.cache_dir={tmp_path / 'cache'}", "--model.name=tiny_cnn"]
+    with pytest.raises(UserError, match=r"3 images cannot be decoded, listed above: .*--data.on_error=skip"):
+        prepare(parse_config(arguments))
+    listed = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
+    assert [line.split(" ")[0] for line in listed] == list(map(str, broken))
+    assert all(line.endswith(": replace or remove it") for line in listed)
+    lines = prepare(parse_config([*arguments, "--data.on_error=skip"]))
+    assert [line for line in lines if line.startswith("skipped: ")] == [f"skipped: {path}" for path in broken]
 
 
 @pytest.mark.slow

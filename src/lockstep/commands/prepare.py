@@ -6,23 +6,38 @@ be ones that compute nodes see. Nothing is trained, no run folder is made, and w
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import torch
 
-from lockstep.data.images import Data, build_data
+from lockstep.data.cache import SKIP, UnreadableImage, open_image
+from lockstep.data.images import SKIPPED_LABEL, Data, build_data
+from lockstep.data.sources.kinds import Split, open_source
+from lockstep.errors import UserError
 from lockstep.files import path_of
 from lockstep.models.network import build_network, with_pretrained_input
 from lockstep.models.summary import count_parameters
 from lockstep.settings.cli import parse_config, run_dir_of
 from lockstep.settings.config import Config
 
+_logger = logging.getLogger(__name__)
+
+_TASK = 256  # images that a thread looks at before it is asked for the next
+
 
 def prepare(config: Config) -> list[str]:
-    """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach."""
+    """Fill the caches; returns lines that say what is where. Raises UserError for what is out of reach.
+
+    Where an image is broken, all are looked at, and each that is gets a line before that.
+    """
     config = with_pretrained_input(config)
-    data = build_data(config, run_dir_of(config), write=False)
-    lines = [_describe(data, config), *_places(data, config)]
+    try:
+        data = build_data(config, run_dir_of(config), write=False)
+    except UnreadableImage as error:
+        raise _all_broken(config) from error
+    lines = [_describe(data, config), *_places(data, config), *_skipped(data)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")
     if config.model.published_weights:
@@ -30,6 +45,41 @@ def prepare(config: Config) -> list[str]:
 
         lines.append(f"published weights: {HF_HUB_CACHE} (HF_HOME moves it)")
     return lines
+
+
+def _all_broken(config: Config) -> UserError:
+    """Tell of every image that cannot be decoded; returns what to say of them together."""
+    splits = list({id(split): split for split in open_source(config.data).splits.values()}.values())
+    _logger.warning("an image is broken: looking at all %d", sum(map(len, splits)))
+    count = 0
+    for line in chain.from_iterable(map(_broken_images, splits)):
+        _logger.warning("%s", line)
+        count += 1
+    return UserError(f"{count} image{'s' * (count > 1)} cannot be decoded, listed above: replace or remove, or {SKIP}")
+
+
+def _broken_images(split: Split) -> Iterator[str]:
+    """A line for each image that cannot be decoded."""
+
+    def look(rows: range) -> list[str]:
+        lines = []
+        for row in rows:
+            try:
+                open_image(split, row)
+            except UnreadableImage as error:
+                lines.append(str(error).removesuffix(f", or {SKIP}"))
+        return lines
+
+    rows = range(len(split))
+    with ThreadPoolExecutor() as pool:
+        yield from chain.from_iterable(pool.map(look, (rows[at : at + _TASK] for at in range(0, len(split), _TASK))))
+
+
+def _skipped(data: Data) -> list[str]:
+    """A line for each image that was decoded for the cache and is skipped."""
+    sets = [images for images in (data.train, data.val, data.test) if images is not None]
+    places = [(images, int(index)) for images in sets for index in (images.labels == SKIPPED_LABEL).nonzero()]
+    return list(dict.fromkeys(f"skipped: {images.split.where(int(images.rows[index]))}" for images, index in places))
 
 
 def _describe(data: Data, config: Config) -> str:
