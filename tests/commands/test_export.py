@@ -166,6 +166,7 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "pets").mkdir()
     assert source_name(f"folder:{tmp_path / 'pets'}") == "folder:pets"
     assert source_name("hf:uoft-cs/cifar10") == "hf:uoft-cs/cifar10"
+    assert source_name("tar:/private/shards/train-{00..99}.tar") == "tar:train-{00..99}.tar"
     assert source_name("embedded:digits") == "embedded:digits"
 
 

@@ -115,9 +115,9 @@ def _for_timm(folder: Path, facts: Facts) -> bool:
 
 
 def source_name(source: str) -> str:
-    """A data source as others may know it: of a folder on this machine, its own name alone."""
+    """A data source as others may know it: of a folder, or shards, on this machine, its own name alone."""
     kind, _, name = source.partition(":")
-    return f"{kind}:{path_of(name).resolve().name}" if path_of(name).exists() else source
+    return f"{kind}:{path_of(name).resolve().name}" if kind == "tar" or path_of(name).exists() else source
 
 
 def _summary(facts: Facts) -> str:
