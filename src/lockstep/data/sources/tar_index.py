@@ -5,7 +5,9 @@ import logging
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ from lockstep.settings.config import DataConfig
 _logger = logging.getLogger(__name__)
 
 _RULE_VERSION = 1  # raise it when the same shards give another index
+_THREADS = 16
+"""That read shards: a network disk answers many questions at once as fast as one"""
 _LABEL_BYTES = 1 << 20
 """Of a file that holds a label, more are not read"""
 _DAMAGE = (OSError, tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError)
@@ -100,21 +104,25 @@ def _read_kept(path: Path) -> Index | None:
 
 
 def _read_shards(shards: Sequence[Path], config: DataConfig) -> Index:
-    _logger.info("reading the headers of %d shards, from %s on", len(shards), shards[0])
-    parts: list[tuple[np.ndarray, ...]] = []
-    for number, path in enumerate(shards):
-        try:
-            samples = list(_samples(path, config))
-        except UserError:
-            raise
-        except _DAMAGE as error:
-            reason = f"{path} is damaged, or no uncompressed tar file ({first_line(error)})"
-            raise UserError(f"{reason}: write it again") from error
-        files, labels = [image for image, _ in samples], [label.encode() for _, label in samples]
-        places = np.array([(number, file.offset, file.size) for file in files], dtype=np.int64).reshape(-1, 3)
-        names = np.array([file.name.encode("utf-8", "surrogateescape") for file in files], dtype=np.bytes_)
-        parts.append((*places.T, names, np.array(labels, dtype=np.bytes_)))
+    _logger.info("reading the headers of %d tar files, from %s on", len(shards), shards[0])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(partial(_read_shard, config=config), range(len(shards)), shards))
     return Index(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _read_shard(number: int, path: Path, config: DataConfig) -> tuple[np.ndarray, ...]:
+    """The arrays of an Index of one shard."""
+    try:
+        samples = list(_samples(path, config))
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        reason = f"{path} is damaged, or no uncompressed tar file ({first_line(error)})"
+        raise UserError(f"{reason}: write it again") from error
+    places = np.array([(number, file.offset, file.size) for file, _ in samples], dtype=np.int64).reshape(-1, 3)
+    names = [file.name.encode("utf-8", "surrogateescape") for file, _ in samples]
+    labels = [label.encode() for _, label in samples]
+    return *places.T, np.array(names, dtype=np.bytes_), np.array(labels, dtype=np.bytes_)
 
 
 def _samples(path: Path, config: DataConfig) -> Iterator[tuple[_File, str]]:
