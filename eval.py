@@ -34,8 +34,7 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.predict import predict
 from lockstep.launch.accelerator import Launch, build_accelerator, end_program
-from lockstep.models.network import build_model
-from lockstep.models.weights import load_weights, put_weights
+from lockstep.models.network import load_network
 from lockstep.report.evaluation import Evaluated, report_evaluation
 from lockstep.report.loose_images import LoosePredictions, report_images
 from lockstep.run.inputs import NetworkInput, input_of, loose_differences, open_data, read_input
@@ -44,9 +43,7 @@ from lockstep.settings.cli import Evaluation
 
 def load_model(request: Evaluation, accelerator: Accelerator, launch: Launch, images: NetworkInput) -> nn.Module:
     config = request.config
-    bare = replace(config.model, pretrained=False, checkpoint=None)
-    model = build_model(bare, images.image_shape, images.num_classes)
-    put_weights(model, load_weights(request.checkpoint), str(request.checkpoint))
+    model = load_network(config.model, images.image_shape, images.num_classes, request.checkpoint)
     model = model.to(launch.device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "sweep": "list the tasks of a sweep file, train one of them, or all and compare them",
     "compare": "any number of runs: results over seeds, speed, cost, settings, and whether their bits are equal",
     "diagnose": "what is wrong with a run, if anything, and one thing to try",
+    "explain": "pictures of what a trained network sees: Grad-CAM, feature maps, kernels, features of images",
     "export": "a trained network for others: safetensors, torch.export, ONNX or a folder for the hub",
     "upload": "write runs to W&B anew, each from its run folder",
     "verify": "recompute a part of a run and compare it bit by bit",

@@ -6,7 +6,6 @@ few training images are passed. Each finding comes with its evidence and one thi
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +13,7 @@ import torch
 from lockstep.data.images import Data, build_data
 from lockstep.errors import UserError, print_line
 from lockstep.evaluation.probe import Probe, probe
-from lockstep.models.network import build_model
-from lockstep.models.weights import load_weights, put_weights
+from lockstep.models.network import load_network
 from lockstep.report.comparison import find_runs
 from lockstep.report.diagnosis import Evidence, diagnose, read_evidence
 from lockstep.run.checkpoint import find_newest
@@ -61,8 +59,8 @@ def _probe(run: Path, config: Config, data: Data) -> Probe | None:
     checkpoint = find_newest(run / "checkpoints")
     if checkpoint is None:
         return None
-    model = build_model(replace(config.model, pretrained=False), data.image_shape, data.num_classes)
-    put_weights(model, load_weights(checkpoint / "model.safetensors"), str(checkpoint))
+    weights = checkpoint / "model.safetensors"  # not the average
+    model = load_network(config.model, data.image_shape, data.num_classes, weights)
     model = model.to(getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     micro_batch_size = read_summary(run).get("micro_batch_size")
     return probe(config, data, model, micro_batch_size if isinstance(micro_batch_size, int) else 64)

@@ -31,8 +31,7 @@ from lockstep.export.classifier import Classifier
 from lockstep.export.formats import FORMATS, Outputs, require_packages, write_export
 from lockstep.export.hub import push, require_token
 from lockstep.export.preprocessing import PREPROCESSING, build_preprocessing
-from lockstep.models.network import build_model
-from lockstep.models.weights import load_weights, put_weights
+from lockstep.models.network import load_network
 from lockstep.report.predictions import class_names
 from lockstep.run.digest import digest_of_checkpoint
 from lockstep.run.folder import difference_of_data
@@ -100,8 +99,7 @@ def _export(options: argparse.Namespace, checkpoint: Path, folder: Path) -> None
         difference_of_data(options.run, config, identity)
 
     data = build_data(config, options.run, write=False, accept=accept)
-    network = build_model(replace(config.model, pretrained=False, checkpoint=None), data.image_shape, data.num_classes)
-    put_weights(network, load_weights(checkpoint), str(checkpoint))
+    network = load_network(config.model, data.image_shape, data.num_classes, checkpoint)
     preprocessing = build_preprocessing(config.augment, data, class_names(data))
     write_export(options.to, Classifier(network, preprocessing), config.model, folder)
     read = FORMATS[options.to].read(folder)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -139,6 +140,18 @@ def build_network(
     model = model.to(device, getattr(torch, config.runtime.dtype)).to(memory_format=torch.channels_last)
     if config.runtime.compile != "off":
         compile_network(model, str(config.runtime.compile), path_of(config.data.cache_dir))
+    return model
+
+
+def load_network(
+    config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, checkpoint: Path
+) -> nn.Module:
+    """The network of a run with the weights of a checkpoint, its average if there is one, on the CPU.
+
+    Raises UserError as `load_weights` does, and if they are another network's.
+    """
+    model = build_model(replace(config, pretrained=False, checkpoint=None), image_shape, num_classes)
+    put_weights(model, load_weights(checkpoint), str(checkpoint))
     return model
 
 

@@ -28,6 +28,10 @@ _PICTURES = {
     "confusion_matrix": "Confusion matrix of the test set",
     "pr_roc": "Precision, recall and ROC on the test set",
     "mistakes": "Worst mistakes on the test set",
+    "grad_cam": "Where the network looks",
+    "embedding": "Images by their features",
+    "feature_maps": "What its layers make of images",
+    "filters": "Kernels of its first layer",
     "samples": "Samples of the training set",
     "augmentation": "What augmentation makes of them",
 }
