@@ -89,7 +89,7 @@ def test_confusion_matrix_shows_counts_names_and_accuracy(tmp_path: Path) -> Non
     assert pixels.shape == (828, 900, 3) and pixels.std() > 20
 
 
-@pytest.mark.parametrize(("classes", "counts_shown", "names_shown"), [(25, 25, 25), (26, 0, 26), (101, 0, 34)])
+@pytest.mark.parametrize(("classes", "counts_shown", "names_shown"), [(25, 25, 25), (26, 0, 26), (100, 0, 50)])
 def test_confusion_matrix_of_many_classes(classes: int, counts_shown: int, names_shown: int, tmp_path: Path) -> None:
     names = [f"a very long class name {index}" for index in range(classes)]
     figure = plot_confusion_matrix(7 * np.eye(classes, dtype=int), names, tmp_path / "matrix.png")
@@ -97,6 +97,20 @@ def test_confusion_matrix_of_many_classes(classes: int, counts_shown: int, names
     assert len(axes.texts) == counts_shown
     assert len(axes.get_xticklabels()) == len(axes.get_yticklabels()) == names_shown
     assert max(len(label.get_text()) for label in axes.get_yticklabels()) == 20
+
+
+def test_of_more_classes_the_most_confused_are_drawn(tmp_path: Path) -> None:
+    counts = 10 * np.eye(300, dtype=int)
+    counts[200, 7], counts[7, 50], counts[90, 91] = 40, 5, 30
+    figure = plot_confusion_matrix(counts, [f"class {index}" for index in range(300)], tmp_path / "matrix.png")
+    axes = figure.axes[0]
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    assert named[:5] == ["class 200", "class 7", "class 90", "class 91", "class 50"] and len(named) == 24
+    shares = axes.images[0].get_array()
+    assert np.allclose(shares[:2, :2], [[0.2, 0.8], [0, 10 / 15]]), "of all samples of the class"
+    assert axes.get_title(loc="left") == (
+        "3,000 of 3,075 right: accuracy 97.6 %\nof 300 classes the 24 of the most frequent confusions"
+    )
 
 
 def test_confusion_matrix_refuses_another_number_of_names(tmp_path: Path) -> None:

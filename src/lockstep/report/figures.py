@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _WRONG = "#c0392b"
 _MOST_SAMPLES = 25
 _MOST_COUNTS = 25
+_MOST_CLASSES, _MOST_CONFUSED = 100, 24
 # Okabe and Ito's colours but for yellow, which white paper swallows: told apart by colour-blind readers, too.
 GROUP_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
 _DASHES = ("-", "--", ":", "-.")
@@ -104,8 +105,9 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> "Figure":
 def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Path) -> "Figure":
     """Heat map of a confusion matrix: rows are true classes, columns predictions, colours shares of the row.
 
-    counts: (C, C) integers, C >= 1. Counts are written out up to 25 classes; above 50 only some names are. The side
-    grows with C from 900 to 2250 pixels. Raises ValueError if counts are not (C, C) for C class names.
+    counts: (C, C) integers, C >= 1. Counts are written out up to 25 classes; above 50 only some names are, and above
+    100 only the 24 classes of the most frequent confusions are drawn. The side grows with C from 900 to 2250 pixels.
+    Raises ValueError if counts are not (C, C) for C class names.
     """
     import numpy as np
 
@@ -113,17 +115,21 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
     number = len(classes)
     if counts.shape != (number, number) or number == 0:
         raise ValueError(f"a confusion matrix of shape {counts.shape} does not fit {number} class names")
-    side = min(max(6.0, 3.2 + 0.36 * number), 15.0)
-    figure = new_figure(side, side * 0.92)
-    axes = figure.subplots()
-    totals = counts.sum(axis=1, keepdims=True)
-    shares = counts / np.maximum(totals, 1)  # a class without samples stays white
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if number <= _MOST_COUNTS:
-        _write_counts(axes, counts, shares)
-    _name_classes(axes, classes)
     right, total = int(np.trace(counts)), int(counts.sum())
     title = f"{right:,} of {total:,} right: accuracy {right / total:.1%}" if total else "no samples"
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)  # a class without samples stays white
+    if number > _MOST_CLASSES:
+        shown = _most_confused(counts, _MOST_CONFUSED)
+        counts, shares, classes = counts[shown][:, shown], shares[shown][:, shown], [classes[i] for i in shown]
+        title += f"\nof {number:,} classes the {len(shown)} of the most frequent confusions"
+    side = min(max(6.0, 3.2 + 0.36 * len(classes)), 15.0)
+    figure = new_figure(side, side * 0.92)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if len(classes) <= _MOST_COUNTS:
+        _write_counts(axes, counts, shares)
+    _name_classes(axes, classes)
     axes.set_title(title.replace("%", " %"), color=INK, fontsize=12, fontweight="bold", loc="left", pad=10)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, aspect=30, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share * 100:.0f} %")
@@ -304,6 +310,16 @@ def _draw_group(axes: "Axes", shape: Curve, index: int, label: str) -> None:
 
 
 # ---- Confusion matrix ------------------------------------------------------------------------------------------------
+
+
+def _most_confused(counts: "np.ndarray", most: int) -> list[int]:
+    """The classes of the most frequent confusions, those of the first one first."""
+    import numpy as np
+
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[: most**2]
+    classes = np.stack(np.unravel_index(pairs, wrong.shape), axis=1).ravel().tolist()
+    return list(dict.fromkeys(classes))[:most]
 
 
 def _write_counts(axes: "Axes", counts: "np.ndarray", shares: "np.ndarray") -> None:
