@@ -48,6 +48,7 @@ def evaluate_here(
     monkeypatch.syspath_prepend(str(ROOT))
     for name in ("draw_confusion", "draw_rankings", "draw_reliability"):
         monkeypatch.setattr(f"lockstep.report.evaluation.{name}", lambda *_: None)
+    monkeypatch.setattr("lockstep.report.suspicious.plot_samples", lambda *_: None)
 
     def evaluate(*arguments: str) -> str:
         program = importlib.import_module("eval")

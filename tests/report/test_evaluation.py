@@ -25,9 +25,10 @@ CONFIG = Config(log=LogConfig(wandb="disabled"))
 
 @pytest.fixture(autouse=True)
 def without_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have tests of their own, in test_run_figures.py."""
+    """They have tests of their own, in test_run_figures.py and test_suspicious.py."""
     for name in ("draw_confusion", "draw_rankings"):
         monkeypatch.setattr(f"lockstep.report.evaluation.{name}", lambda *_: None)
+    monkeypatch.setattr("lockstep.report.suspicious.plot_samples", lambda *_: None)
 
 
 def test_every_number_is_printed_and_written(

@@ -15,6 +15,7 @@ from lockstep.report.exhibits import results
 from lockstep.report.predictions import class_names, class_table, write_predictions
 from lockstep.report.run_figures import draw_confusion, draw_rankings, draw_reliability
 from lockstep.report.summary import not_fatal
+from lockstep.report.suspicious import report_suspicious
 from lockstep.settings.config import Config
 
 
@@ -54,6 +55,7 @@ def report_evaluation(e: Evaluated, how: str) -> None:
     if curves := draw_rankings(e.folder, e.split, rows, e.data):
         print_line(f"precision, recall and ROC: {curves}")
     print_line(f"calibration: {_draw_calibration(e)}")
+    print_line(report_suspicious(e.folder, e.split, rows, e.images, e.data))
     if e.config.log.wandb != "disabled":
         with not_fatal("W&B has no copy of this evaluation"):
             _copy_to_wandb(e, metrics["metrics"])

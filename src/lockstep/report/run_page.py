@@ -28,6 +28,7 @@ _PICTURES = {
     "confusion_matrix": "Confusion matrix of the test set",
     "pr_roc": "Precision, recall and ROC on the test set",
     "mistakes": "Worst mistakes on the test set",
+    "suspicious_labels": "Labels of the test set that look wrong",
     "grad_cam": "Where the network looks",
     "embedding": "Images by their features",
     "feature_maps": "What its layers make of images",
