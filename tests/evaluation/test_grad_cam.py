@@ -5,10 +5,11 @@ resnet9, resnet_basic and timm's resnet18, mobilenetv3_small_100, convnext_atto,
 and swin_tiny_patch4_window7_224, untrained, differ by at most 1.3e-6.
 """
 
+import pytest
 import torch
 from torch import nn
 
-from lockstep.evaluation.activations import map_sizes
+from lockstep.evaluation.activations import map_sizes, unpooled
 from lockstep.evaluation.grad_cam import grad_cam, usual_layer
 from lockstep.models.network import build_model
 from lockstep.settings.config import ModelConfig
@@ -45,11 +46,11 @@ def test_where_nothing_speaks_for_the_class_all_is_cold() -> None:
     assert not grad_cam(model, "1", torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0])).any()
 
 
-def test_the_usual_layer_is_the_last_one_with_maps() -> None:
-    images = torch.zeros(1, 3, 32, 32)
-    for name, expected in {"resnet9": "layer3", "timm/test_resnet": "layer4"}.items():
-        model = build_model(ModelConfig(name=name), (3, 32, 32), 10).eval()
-        assert usual_layer(model, list(map_sizes(model, images))) == expected
+@pytest.mark.parametrize(("name", "expected"), [("resnet9", "layer3"), ("tiny_cnn", "features.block2.1")])
+def test_the_usual_layer_is_the_last_one_before_pooling(name: str, expected: str) -> None:
+    model = build_model(ModelConfig(name=name, width=4), (3, 32, 32), 10).eval()
+    names = unpooled(model, map_sizes(model, torch.zeros(1, 3, 32, 32)))
+    assert usual_layer(model, names) == expected
 
 
 def test_of_a_transformer_it_is_the_last_whose_tokens_meet() -> None:
