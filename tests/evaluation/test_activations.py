@@ -24,6 +24,8 @@ def test_layers_with_maps_are_found_in_the_order_in_which_they_are_done() -> Non
     sizes = map_sizes(small(), torch.randn(2, 1, 8, 8))
     assert sizes == {"0.0": (8, 8), "0.1": (8, 8), "0.2": (4, 4), "0": (4, 4), "1": (4, 4)}
     assert unpooled(small(), sizes) == ["0.0", "0.1", "1"]
+    within = nn.Sequential(nn.Conv2d(1, 16, 2, stride=2, padding=1), nn.Flatten(2), nn.Unflatten(2, (2, 10)))
+    assert list(map_sizes(within, torch.zeros(2, 1, 8, 6))) == ["0"], "4 x 3 and a pixel more, but not 2 x 10"
     assert map_sizes(build_model(ModelConfig(name="mlp"), (1, 8, 8), 3), torch.randn(2, 1, 8, 8)) == {}
 
 

@@ -29,13 +29,17 @@ def as_maps(model: nn.Module, layer: nn.Module, output: Any) -> Tensor | None:
 
 @torch.no_grad()
 def map_sizes(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
-    """Height and width of each layer's maps, by name, in the order in which the layers are done."""
+    """Height and width of each layer's maps, by name, in the order in which the layers are done.
+
+    They have the shape of the images (N, C, H, W) up to a pixel: what is held with channels last for a while has not.
+    """
     sizes: dict[str, tuple[int, int]] = {}
+    tall, wide = images.shape[2:]
     with recorded(model, [name for name, _ in model.named_modules() if name]) as outputs:
         model(images)
     for name, output in outputs.items():
         maps = as_maps(model, model.get_submodule(name), output)
-        if maps is not None:
+        if maps is not None and abs(maps.shape[2] * wide - maps.shape[3] * tall) <= max(tall, wide):
             sizes[name] = (maps.shape[2], maps.shape[3])
     return sizes
 
