@@ -5,6 +5,7 @@
     accelerate launch eval.py --run runs/<name> --temperature fit           # calibrated on the validation split, too
     accelerate launch eval.py --checkpoint runs/<name>/checkpoints/step_00000400
     accelerate launch eval.py --run runs/<name> --images photos/            # the classes of images without labels
+    accelerate launch eval.py --model.name=timm/resnet50 --model.pretrained=true --data.source=folder:data/imagenet
 
 Settings are those of the training, its precision included; --section.key=value changes one.
 """
@@ -34,7 +35,7 @@ from lockstep.evaluation.evaluate import evaluate
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.predict import predict
 from lockstep.launch.accelerator import Launch, build_accelerator, end_program
-from lockstep.models.network import load_network
+from lockstep.models.network import load_network, with_pretrained_input
 from lockstep.report.evaluation import Evaluated, report_evaluation
 from lockstep.report.loose_images import LoosePredictions, report_images
 from lockstep.run.inputs import NetworkInput, input_of, loose_differences, open_data, read_input
@@ -71,6 +72,7 @@ def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch
         temperature = request.temperature, "as given"
     images, predictions = judge(request.split)
     if launch.is_main:
+        request.folder.mkdir(parents=True, exist_ok=True)
         how = f"{launch.precision_name}, {launch.num_processes} process{'es' * (launch.num_processes > 1)}"
         done = Evaluated(config, request.folder, request.checkpoint, request.split, images, data, predictions)
         report_evaluation(replace(done, temperature=temperature), how)
@@ -96,6 +98,8 @@ def predict_images(request: Evaluation, accelerator: Accelerator, launch: Launch
 
 
 def evaluate_checkpoint(request: Evaluation) -> None:
+    if request.checkpoint is None:
+        request = replace(request, config=with_pretrained_input(request.config))
     accelerator, launch = build_accelerator(request.config.runtime)
     (evaluate_split if request.images is None else predict_images)(request, accelerator, launch)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub import put_on_hub
 from odd_images import BROKEN, write_odd_images
 from PIL import Image
 from programs import ROOT
@@ -82,7 +84,7 @@ def test_other_data_with_some_of_the_classes_are_matched_by_name(evaluate_here: 
     assert notes_of(evaluate_here()) == []
     whole = pq.read_table(run / "predictions_test.parquet").to_pydict()
     digits(tmp_path / "some", run, ("3", "7"))
-    printed = evaluate_here(f"--data.source=folder:{tmp_path / 'some'}", "--data.val_fraction=0")
+    printed = evaluate_here(f"--data.source=folder:{tmp_path / 'some'}")  # whose split is not that of the run
     (note,) = notes_of(printed)
     assert "2 of the network's 10 classes" in note
     found = pq.read_table(run / "predictions_test.parquet").to_pydict()
@@ -91,6 +93,43 @@ def test_other_data_with_some_of_the_classes_are_matched_by_name(evaluate_here: 
         assert whole["label"][row] == label == Path(image).parent.name
         # With the mean of the training, which is not that of these images.
         assert whole["probabilities"][row] == pytest.approx(probabilities, abs=1e-6)
+
+
+def test_published_weights_are_evaluated_as_they_were_trained(
+    evaluate_here: Any, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    networks = {count: timm.create_model("test_resnet", num_classes=count).eval() for count in (10, 1000)}
+    sizes = {"input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    for count, network in networks.items():
+        described = {"architecture": "test_resnet", "num_classes": count, "pretrained_cfg": sizes}
+        put_on_hub(network, tmp_path / "hub", f"me--of_{count}", **described)
+    places = [f"--run.root={tmp_path / 'runs'}", f"--data.cache_dir={cache_dir}", "--log.wandb=disabled"]
+    images = [*places, "--data.source=synthetic:100x96x3x40", "--data.val_fraction=0"]
+
+    def evaluate(*flags: str) -> Any:
+        request = parse_evaluation(["--model.name=timm/test_resnet", *images, *flags])
+        importlib.import_module("eval").evaluate_checkpoint(request)
+        return request
+
+    request = evaluate("--model.checkpoint=hf_hub:me/of_10")
+    found = pq.read_table(request.folder / "predictions_test.parquet").to_pydict()
+    data = build_data(replace(request.config, augment=with_sizes(request.config.augment)), None, write=False)
+    first = data.test.load(0).permute(2, 0, 1)[None] / 255
+    pixels = (first - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    assert found["probabilities"][0] == pytest.approx(networks[10](pixels).softmax(1)[0].tolist(), abs=1e-5)
+    with pytest.raises(UserError, match="are for 1000 classes, and the data have 10"):
+        evaluate("--model.checkpoint=hf_hub:me/of_1000")
+    with pytest.raises(UserError, match="new first layer for images of 64x64: set --model.stem=imagenet"):
+        evaluate("--model.checkpoint=hf_hub:me/of_10", "--augment.image_size=64")
+
+
+def with_sizes(augment: Any) -> Any:
+    """As the description of the weights has them."""
+    return replace(augment, image_size=96, eval_crop=0.9, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 
 def test_departures_from_the_training_are_told(evaluate_here: Any, capsys: pytest.CaptureFixture[str]) -> None:

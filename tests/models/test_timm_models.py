@@ -1,6 +1,5 @@
 """Networks of timm: stems, image sizes, published weights."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from hub import put_on_hub
 from networks import COLOUR, build, refusal
 
 from lockstep.models.network import with_pretrained_input
@@ -41,18 +41,6 @@ def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-def put_on_hub(model: nn.Module, cache: Path, repository: str, **described: Any) -> None:
-    """A repository with these weights, and timm's description of them, in the hub's cache."""
-    from safetensors.torch import save_file
-
-    place = cache / f"models--{repository}"
-    (place / "snapshots" / "0").mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("0")
-    save_file(model.state_dict(), place / "snapshots" / "0" / "model.safetensors")
-    (place / "snapshots" / "0" / "config.json").write_text(json.dumps(described))
 
 
 def test_pretrained_weights_come_from_the_cache_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

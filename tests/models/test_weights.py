@@ -35,11 +35,13 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match="cannot be used: .*model.safetensors"):
-        load_weights(folder)
-    file.write_bytes(b"nothing of the kind")
+    for place in (folder, file):
+        with pytest.raises(UserError, match="cannot be used: .*model.safetensors"):
+            load_weights(place)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="cannot be read"):
-        load_weights(file)
+        load_weights(alone)
     with pytest.raises(UserError, match="does not exist"):
         load_weights(tmp_path / "nowhere.safetensors")
 

@@ -330,6 +330,24 @@ def test_a_temperature_is_given_or_fitted(trained: Path) -> None:
     assert evaluation("--run", str(trained), "--temperature=1.5").temperature == 1.5
 
 
+def test_the_average_of_the_weights_or_the_weights_themselves(trained: Path, refusal: Refusal) -> None:
+    best = trained / "checkpoints" / "best"
+    (best / "model.safetensors").touch()
+    assert evaluation("--run", str(trained), "--ema=false").checkpoint == best / "model.safetensors"
+    assert "no" in refusal("--run", str(trained), "--ema=true", parse=parse_evaluation)
+    (best / "ema.safetensors").touch()
+    assert evaluation("--run", str(trained), "--ema=true").checkpoint == best / "ema.safetensors"
+    assert evaluation("--run", str(trained)).checkpoint == best
+
+
+def test_published_weights_are_evaluated_without_a_run() -> None:
+    flags = ("--model.name=timm/resnet18", "--model.pretrained=true", "--data.source=folder:photos", "--split=val")
+    request = evaluation(*flags)
+    assert request.checkpoint is None and request.split == "val" and request.config.augment.from_pretrained
+    assert request.folder.parent == Path("runs") and request.folder.name.startswith("resnet18-")
+    assert request.folder != evaluation(*flags, "--model.drop_path=0.1").folder
+
+
 def test_one_setting_can_be_changed_for_an_evaluation(trained: Path) -> None:
     request = evaluation("--run", str(trained), "--data.source=folder:/elsewhere", "--augment.mean=None")
     assert request.config.data.source == "folder:/elsewhere" and request.config.train.epochs == 7

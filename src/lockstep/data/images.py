@@ -15,7 +15,7 @@ from torch import Tensor
 from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
 from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.sources.source import Identity, spread
-from lockstep.data.split import load_or_draw_split
+from lockstep.data.split import divide, load_or_draw_split
 from lockstep.errors import UserError
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
@@ -114,14 +114,16 @@ class _Geometry:
     shrinks: bool
 
 
-def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[Identity], None] | None = None) -> Data:
+def build_data(
+    config: Config, run_dir: Path | None, *, write: bool, accept: Callable[[Identity], None] | None = None
+) -> Data:
     """Open the data set, choose between memory and streaming, and split off the validation samples.
 
     Sets whose decoded images fit `data.memory_budget` together are decoded once into `data.cache_dir`; larger ones
-    stream, and so does a training set whose random crops need more than the cached pixels. Every process of a run
-    calls this; one, with `write`, leaves `split.json` in `run_dir`. `accept` sees the identity of the source before
-    anything is decoded or written, and may raise. Raises UserError, in one line, for all that is wrong with the data or
-    does not fit the settings.
+    stream, and so does a training set whose random crops need more than the cached pixels. Every process of a run calls
+    this; one, with `write`, leaves `split.json` in `run_dir` (None: data that no run has drawn from). `accept` sees the
+    identity of the source before anything is decoded or written, and may raise. Raises UserError, in one line, for all
+    that is wrong with the data or does not fit the settings.
     """
     source = open_source(config.data)
     if accept is not None:
@@ -131,7 +133,7 @@ def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[
         raise UserError(f"--data.num_classes={num_classes}, but {source.name} has {len(source.classes)} classes")
     geometry = _look_at(source.splits["train"], config.data, config.augment)
     sets = _image_sets(source, geometry, config)
-    train, val = _divided(source, sets, config, run_dir / "split.json", write=write)
+    train, val = _divided(source, sets, config, run_dir, write=write)
     if (test := sets.get("test", val)) is None:
         raise UserError(f"{source.name} has nothing to test on: raise --data.test_fraction or --data.val_fraction")
     height, width, channels = geometry.shape
@@ -141,14 +143,18 @@ def build_data(config: Config, run_dir: Path, *, write: bool, accept: Callable[[
 
 
 def _divided(
-    source: Source, sets: dict[str, ImageSet], config: Config, path: Path, *, write: bool
+    source: Source, sets: dict[str, ImageSet], config: Config, run_dir: Path | None, *, write: bool
 ) -> tuple[ImageSet, ImageSet | None]:
-    """What is trained and validated on; `path` keeps what was drawn for it."""
+    """What is trained and validated on; `split.json` in `run_dir` keeps what was drawn for it."""
     division = source.division(config.data)
     if not (division.val_fraction or division.folds or division.samples_per_class or source.held_out is not None):
         return sets["train"], sets.get("val")
     labels, seed = source.splits["train"].labels, config.run.seed
-    train, val = load_or_draw_split(path, labels, division, seed, write=write, test=source.held_out)
+    if run_dir is None:
+        train, val = divide(labels, division, seed)
+    else:
+        path = run_dir / "split.json"
+        train, val = load_or_draw_split(path, labels, division, seed, write=write, test=source.held_out)
     drawn = sets["train"].subset(val) if len(val) else None
     return sets["train"].subset(train), sets.get("val", drawn)
 

@@ -144,14 +144,25 @@ def build_network(
 
 
 def load_network(
-    config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, checkpoint: Path
+    config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, checkpoint: Path | None
 ) -> nn.Module:
     """The network of a run with the weights of a checkpoint, its average if there is one, on the CPU.
 
-    Raises UserError as `load_weights` does, and if they are another network's.
+    Without a checkpoint, with the weights that settings name. Raises UserError as `load_weights` does, if they are
+    another network's, and if published ones are not all that the network is made of.
     """
+    if checkpoint is None and config.published_weights:
+        from lockstep.models import timm_models  # here, because timm takes seconds to import
+
+        model = build_model(config, image_shape, num_classes)
+        timm_models.require_whole(model, config, image_shape, num_classes)
+        return model
+    place = checkpoint or path_of(str(config.checkpoint))
     model = build_model(replace(config, pretrained=False, checkpoint=None), image_shape, num_classes)
-    put_weights(model, load_weights(checkpoint), str(checkpoint))
+    weights = load_weights(place)
+    if checkpoint is None:
+        fit_channels(model, weights)
+    put_weights(model, weights, str(place))
     return model
 
 

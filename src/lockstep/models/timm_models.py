@@ -99,11 +99,9 @@ def _set_stem(model: Any, config: ModelConfig, image_shape: tuple[int, int, int]
         if config.stem != "auto":
             raise UserError(f"--model.stem={config.stem} works with timm's ResNets only, not with {config.name}")
         return
-    channels, height, width = image_shape
-    small = max(height, width) <= LARGEST_CIFAR_STEM_PIXELS
-    if config.stem == "cifar" or (config.stem == "auto" and small):
+    if _has_new_stem(config, image_shape):
         last: Any = model.conv1[-1] if isinstance(model.conv1, nn.Sequential) else model.conv1
-        model.conv1 = nn.Conv2d(channels, last.out_channels, kernel_size=3, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(image_shape[0], last.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
 
@@ -116,6 +114,27 @@ def _check_forward(model: nn.Module, image_shape: tuple[int, int, int], num_clas
         logits = model(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
     model.train()
     assert logits.shape == (1, num_classes), f"logits of shape {tuple(logits.shape)}"
+
+
+def require_whole(model: Any, config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise UserError if a part of a network with published weights has new ones: it would evaluate as chance."""
+    published = int(model.pretrained_cfg.get("num_classes", num_classes))
+    if published != num_classes:
+        raise UserError(
+            f"the weights of {config.name} are for {published} classes, and the data have {num_classes}: their outputs "
+            "would be new. Name data with those classes, or fine-tune the network first"
+        )
+    if isinstance(model, ResNet) and _has_new_stem(config, image_shape):
+        _, height, width = image_shape
+        raise UserError(
+            f"{config.name} has a new first layer for images of {height}x{width}: set --model.stem=imagenet, or "
+            f"--augment.image_size above {LARGEST_CIFAR_STEM_PIXELS}"
+        )
+
+
+def _has_new_stem(config: ModelConfig, image_shape: tuple[int, int, int]) -> bool:
+    small = max(image_shape[1:]) <= LARGEST_CIFAR_STEM_PIXELS
+    return config.stem == "cifar" or (config.stem == "auto" and small)
 
 
 def _checkpoint_activations(model: Any, config: ModelConfig) -> None:

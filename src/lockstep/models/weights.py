@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lockstep.errors import UserError
-from lockstep.files import manifest_problem
+from lockstep.files import MANIFEST, manifest_problem
 from lockstep.launch.sharding import local, part_of
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -20,10 +20,11 @@ def load_weights(place: Path, *, verify: bool = True) -> dict[str, Tensor]:
     """
     if (place / "checkpoints" / "best").is_dir():
         place = place / "checkpoints" / "best"
-    if place.is_dir():
-        problem = manifest_problem(place, ["model.safetensors"]) if verify else None
-        if problem:
+    folder, name = (place, "model.safetensors") if place.is_dir() else (place.parent, place.name)
+    if verify and (place.is_dir() or (place.is_file() and (folder / MANIFEST).is_file())):
+        if problem := manifest_problem(folder, [name]):
             raise UserError(f"checkpoint {place} cannot be used: {problem}")
+    if place.is_dir():
         ema = place / "ema.safetensors"
         place = ema if ema.is_file() else place / "model.safetensors"
     if not place.is_file():

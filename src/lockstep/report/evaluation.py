@@ -26,13 +26,20 @@ class Evaluated:
     config: Config
     folder: Path
     """Where results go"""
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: the weights that the settings name"""
     split: str
     images: ImageSet
     data: Data
     predictions: Predictions
     temperature: tuple[float, str] | None = None
     """What logits are divided by, and where it comes from, in words"""
+
+    @property
+    def weights(self) -> str:
+        """Which ones, for a reader."""
+        model = self.config.model
+        return str(self.checkpoint or f"{model.name} with {model.checkpoint or 'published weights'}")
 
     @cached_property
     def calibrated(self) -> Predictions | None:
@@ -43,7 +50,7 @@ class Evaluated:
 def report_evaluation(e: Evaluated, how: str) -> None:
     """Print and write everything; `how`: precision and processes, in words. For the main process."""
     rows = e.predictions
-    print_line(f"{e.checkpoint}, {e.split} split: {len(rows.samples)} samples, {how}")
+    print_line(f"{e.weights}, {e.split} split: {len(rows.samples)} samples, {how}")
     print_line(f"accuracy {rows.accuracy!r} ({rows.accuracy:.2%})  loss {rows.loss!r}")
     print_line(class_table(rows, e.data))
     metrics = metrics_of(e)
@@ -67,7 +74,7 @@ def metrics_of(e: Evaluated) -> dict[str, Any]:
     per_class = {name: column.tolist() for name, column in rows.per_class().items()}
     columns = {"class": class_names(e.data), **per_class}
     found: dict[str, Any] = {
-        "checkpoint": str(e.checkpoint.resolve()),
+        "checkpoint": e.weights if e.checkpoint is None else str(e.checkpoint.resolve()),
         "split": e.split,
         "samples": len(rows.samples),
         "metrics": {**rows.headline(), **scores(rows)},
@@ -111,7 +118,7 @@ _TOLD = ("accuracy", "loss", "accuracy_low", "accuracy_high", "skipped_images")
 def _copy_to_wandb(e: Evaluated, metrics: dict[str, float | None]) -> None:
     from lockstep.run.wandb import Wandb, open_evaluation
 
-    weights = e.checkpoint.resolve().stem
+    weights = "published" if e.checkpoint is None else e.checkpoint.resolve().stem
     run = open_evaluation(e.config, e.folder, f"{weights}-{e.split}", print)
     if run is None:
         return
@@ -121,4 +128,4 @@ def _copy_to_wandb(e: Evaluated, metrics: dict[str, float | None]) -> None:
     copy.scalars(step, {}, {f"{e.split}/{key}": value for key, value in metrics.items() if value is not None})
     for name, item in results(e.predictions, e.images, e.data).items():
         copy.exhibit(step, name, item())
-    copy.close({"checkpoint": str(e.checkpoint), "split": e.split}, 0)
+    copy.close({"checkpoint": e.weights, "split": e.split}, 0)

@@ -139,6 +139,11 @@ class Run:
         write_json(self.path / "summary.json", {**read_summary(self.path), **values})
 
 
+def has_source(path: Path, config: Config) -> bool:
+    """Whether a run folder is of these data, by the name of their source; one without settings is of any."""
+    return not (path / "config.yaml").is_file() or config.data.source == load_config(path / "config.yaml").data.source
+
+
 def difference_of_data(path: Path, config: Config, identity: Identity) -> str | None:
     """A line if the classes of these data are not those that the run in `path` was trained on.
 
@@ -148,7 +153,7 @@ def difference_of_data(path: Path, config: Config, identity: Identity) -> str | 
     changes = _changes(before, identity)
     if changes is None or not (path / "config.yaml").is_file():
         return None
-    if config.data.source == load_config(path / "config.yaml").data.source:
+    if has_source(path, config):
         raise UserError(
             f"{config.data.source} has changed since {path} was trained ({changes}): bring the old data back, or name "
             "other data with --data.source"

@@ -11,7 +11,7 @@ from lockstep.data.sources.source import Identity
 from lockstep.errors import UserError
 from lockstep.files import read_json, write_json
 from lockstep.launch.accelerator import Launch
-from lockstep.run.folder import difference_of_data
+from lockstep.run.folder import difference_of_data, has_source
 from lockstep.settings.config import AugmentConfig, Config
 
 FILE = "input.json"
@@ -135,7 +135,8 @@ def open_data(folder: Path, config: Config, launch: Launch, split: str | None = 
 
     if trained is not None:
         config = replace(config, data=replace(config.data, num_classes=trained.num_classes))
-    data, notes = as_trained(build_data(config, folder, write=False, accept=accept), trained, config.augment)
+    drawn_in = folder if has_source(folder, config) else None  # other data have no split there
+    data, notes = as_trained(build_data(config, drawn_in, write=False, accept=accept), trained, config.augment)
     for note in notes + describe_split(data, split):
         launch.say(note)
     return data

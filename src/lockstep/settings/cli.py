@@ -197,7 +197,8 @@ class Evaluation:
     config: Config
     folder: Path
     """Where results go: the run folder, or the checkpoint's own"""
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: the weights that the settings name"""
     split: str
     temperature: float | Literal["fit"] | None = None
     images: Path | None = None
@@ -209,13 +210,16 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     parser = _Parser(
         prog="eval.py",
         usage="accelerate launch eval.py --run runs/NAME [--checkpoint best|last|PATH] [--split test] "
-        "[--temperature fit] [--images PATH] [--section.key=value ...]",
-        description="Exact metrics of a checkpoint. Settings are the training's; --section.key=value changes one.",
+        "[--ema true|false] [--temperature fit] [--images PATH] [--section.key=value ...]",
+        description="Exact metrics of a checkpoint. Settings are the training's; --section.key=value changes one. "
+        "Without --run, of published weights: --model.name=timm/NAME --model.pretrained=true --data.source=SOURCE.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run folder, runs/NAME")
     parser.add_argument("--checkpoint", default="best", help="best, last, a checkpoint folder or a .safetensors file")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    text = "the average of the weights, or the weights themselves; default: the average, if the run has one"
+    parser.add_argument("--ema", choices=("true", "false"), help=text)
     text = "what logits are divided by: a number, or fit, which finds the best for the validation split; default: none"
     parser.add_argument("--temperature", type=_temperature, metavar="fit|NUMBER", help=text)
     text = "predict the classes of an image file, or of all in a folder, instead of evaluating a split"
@@ -223,11 +227,38 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> Evaluation:
     known, overrides = parser.parse_known_args(arguments)
     if known.images is not None and known.temperature == "fit":
         raise UsageError("--images have no labels to fit a temperature to: give the number that --split=val found")
+    if known.run is None and known.checkpoint == "best":
+        return _of_published_weights(known, overrides)
     checkpoint = find_weights(known.run, known.checkpoint)
     folder = known.run or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    checkpoint = _with_or_without_average(checkpoint, known.ema)
     trained = trained_precision(folder) if known.run else []
     config = parse_config(["--config", str(folder / "config.yaml"), *trained, *overrides])
     return Evaluation(config, folder, checkpoint, known.split, known.temperature, known.images)
+
+
+def _of_published_weights(known: argparse.Namespace, overrides: list[str]) -> Evaluation:
+    config = parse_config(overrides)
+    if not (config.model.pretrained or config.model.checkpoint):
+        raise UsageError(
+            "which run? Give --run runs/NAME, --checkpoint with a path, or --model.name=timm/NAME "
+            "--model.pretrained=true --data.source=SOURCE"
+        )
+    name = config.model.name.removeprefix("timm/")
+    if name != config.model.name:
+        config = replace(config, augment=replace(config.augment, from_pretrained=True))
+    folder = path_of(config.run.root) / f"{name}-{settings_digest(config)}"
+    return Evaluation(config, folder, None, known.split, known.temperature, known.images)
+
+
+def _with_or_without_average(checkpoint: Path, wanted: str | None) -> Path:
+    """The file that holds the wanted weights; the checkpoint itself, which stands for its best, if none are named."""
+    if wanted is None or not checkpoint.is_dir():
+        return checkpoint
+    file = checkpoint / ("ema.safetensors" if wanted == "true" else "model.safetensors")
+    if not file.is_file():
+        raise UsageError(f"--ema={wanted}: there is no {file} (train.ema_decay makes an average)")
+    return file
 
 
 def _temperature(text: str) -> float | Literal["fit"]:
