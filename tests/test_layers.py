@@ -58,6 +58,7 @@ ORDER = [
     "data.sources.kinds",
     "data.portions",
     "data.cache",
+    "data.crop",
     "data.images",
     "data.duplicates",
     "data.loose",

@@ -12,7 +12,7 @@ from pictures import images_of, keys_of, planes, smooth_images, unscaled
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from lockstep.augment.geometry import crop_boxes, erase, perspective
+from lockstep.augment.geometry import crop_boxes, crop_draws, erase, perspective, pixel_box
 from lockstep.augment.transform import Transform
 from lockstep.randomness import draw
 from lockstep.settings.config import AugmentConfig
@@ -224,3 +224,36 @@ def test_several_erased_rectangles_share_the_area_as_timms() -> None:
     torch.testing.assert_close(own, theirs, rtol=0, atol=0.015)
     spread = [mask.any(2).double().mean((1, 2)).quantile(quantiles) for mask in (mine, timms)]  # rows that are touched
     torch.testing.assert_close(spread[0], spread[1], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("width", "height"), [(900, 100), (7, 5), (2, 300), (1, 1)])
+def test_boxes_in_whole_pixels_lie_inside_and_reach_both_ends(width: int, height: int) -> None:
+    boxes = torch.tensor([pixel_box(draws, 0.3, width, height) for draws in crop_draws(keys_of(500)).tolist()])
+    left, top, box_width, box_height = boxes.unbind(1)
+    assert (left >= 0).all() and (top >= 0).all() and (box_width > 0).all() and (box_height > 0).all()
+    ends = left + box_width, top + box_height
+    assert ends[0].max() <= width and ends[1].max() <= height
+    if (width, height) == (7, 5):
+        assert (left.min(), top.min(), ends[0].max(), ends[1].max()) == (0, 0, 7, 5)
+
+
+def test_boxes_in_whole_pixels_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers that torchvision would draw, to the pixel."""
+    shares: list[float] = []
+
+    def uniform_(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return tensor.fill_(low + (high - low) * shares.pop(0))
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
+    places: list[float] = []
+
+    def randint(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor([low + int(places.pop(0) * (high - low))])
+
+    monkeypatch.setattr(torch, "randint", randint)
+    for width, height in ((500, 375), (300, 640), (1000, 90)):
+        for draws in crop_draws(keys_of(100)).tolist():
+            shares[:], places[:] = draws[2:], [draws[1], draws[0]]  # it draws the row first
+            image = torch.empty(3, height, width)
+            top, left, box_height, box_width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+            assert pixel_box(draws, 0.08, width, height) == (left, top, box_width, box_height)

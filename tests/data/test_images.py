@@ -89,8 +89,8 @@ def test_random_crops_of_larger_images_stream_the_training_set_alone(tmp_path) -
     data = build(tmp_path, source, AugmentConfig(image_size=32, resized_crop=0.08, eval_crop=0.875))
     assert data.train.images is None and data.val is not None
     assert data.val.images is not None and data.val.images.shape == (6, 32, 32, 3)
-    whole = data.train.open(1)
-    assert whole is not None and whole.size == (36, 50) and whole.mode == "RGB"
+    whole = data.train.crop(1, [0.0] * 22, 1.0)  # 36 x 50: the widest box of its whole area does not fit
+    assert whole is not None and whole.shape == (32, 32, 3)
     loaded = data.train.load(1)
     assert loaded is not None and loaded.shape == (32, 32, 3)
     small = build(tmp_path, source, AugmentConfig(image_size=64, resized_crop=0.08))
@@ -161,7 +161,7 @@ def test_an_unreadable_image_ends_the_run_or_is_skipped(tmp_path, caplog, memory
     with caplog.at_level(logging.WARNING):
         data = build(tmp_path, source, memory_budget=memory_budget, on_error="skip")
     assert [data.train.load(index) is None for index in range(20)] == [index == victim for index in range(20)]
-    assert data.train.open(victim) is None
+    assert data.train.crop(victim, [0.0] * 22, 0.5) is None
     assert len(data.train) == 20  # the order of all other samples stays
     if memory_budget:
         assert torch.nonzero(data.train.labels == -100).flatten().tolist() == [victim]

@@ -58,12 +58,12 @@ def test_streamed_crops_are_those_of_training(tmp_path: Path) -> None:
     samples = augmented_samples(config, data)
     assert samples[0].shape == (1 + EPOCHS, 16, 16, 3)
     assert len({version.tobytes() for version in samples[0]}) == 1 + EPOCHS
-    from lockstep.data.loader import read_sample
+    from lockstep.data.loader import read_samples
     from lockstep.randomness import sample_keys
 
-    key = sample_keys(config.run.seed, 0, data.train.rows[:1], torch.zeros(1, dtype=torch.int64))[0]
-    crop, _ = read_sample(data.train, 0, key, 0.2)
-    plain = build_transform(config, data.mean, data.std, data.num_classes, precropped=True).train(crop[None], key[None])
+    key = sample_keys(config.run.seed, 0, data.train.rows[:1], torch.zeros(1, dtype=torch.int64))
+    ((crop, _),) = read_samples(data.train, [0], key, 0.2)
+    plain = build_transform(config, data.mean, data.std, data.num_classes, precropped=True).train(crop[None], key)
     assert plain.shape == (1, 3, 16, 16) and np.array_equal(samples[0][1], crop.numpy())
 
 

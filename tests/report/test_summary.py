@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from lockstep.data.crop import CROP_VERSION
 from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
-from lockstep.report.summary import report_training
+from lockstep.launch.accelerator import Launch
+from lockstep.launch.numerics import numerics_of
+from lockstep.report.summary import changed_numerics, report_training
 from lockstep.run.folder import Run
 from lockstep.run.tracker import build_tracker
 from lockstep.settings.config import Config, DataConfig, LogConfig, RunConfig
@@ -58,3 +62,17 @@ def test_a_finished_training_leaves_its_summary(
     line = (printed.out + printed.err).strip().splitlines()[-1]
     assert f"test accuracy {metrics.accuracy:.2%}" in line and "(best: step 40), 320 images/s" in line
     assert str(run.path) in line
+
+
+def test_another_rule_of_streamed_crops_is_a_change_of_numerics(tmp_path: Path) -> None:
+    """Of runs that have such crops; the others have no word of it."""
+    runtime, launch = Config().runtime, Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
+    rule = {"crops": CROP_VERSION}
+
+    def change(before: dict[str, int], now: dict[str, int] | None) -> str:
+        (tmp_path / "environment.json").write_text(json.dumps([{"numerics": numerics_of(runtime, launch) | before}]))
+        return changed_numerics(tmp_path, runtime, launch, now)
+
+    assert change({}, rule) == f"crops None -> {CROP_VERSION}"
+    assert change({"crops": 1}, None) == f"crops 1 -> {CROP_VERSION}"  # of a finished run, whose data are not opened
+    assert change(rule, rule) == change(rule, None) == change({}, {}) == change({}, None) == ""

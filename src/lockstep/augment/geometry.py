@@ -1,6 +1,7 @@
 """Where pixels go: windows, mirrors, warps and erased rectangles, in whole batches."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -104,13 +105,35 @@ def crop_boxes(keys: Tensor, min_area: float, aspect: float) -> Box:
     of the aspect in pixels uniform between those of 3/4 and 4/3, drawn until the box fits; after ten tries the
     largest central box of an aspect in this range.
     """
-    draws = draw(keys, "resized_crop", 2 + 2 * _TRIES)
+    draws = crop_draws(keys)
     area, ratio = _spread(draws[:, 2::2], min_area, 1), _spread(draws[:, 3::2], -1, 1).mul(math.log(4 / 3)).exp()
     width, height, fits = _first_that_fits(area, ratio / aspect)
     width = torch.where(fits, width, min(1.0, 4 / 3 / aspect))
     height = torch.where(fits, height, min(1.0, aspect * 4 / 3))
     places = torch.where(fits[:, None], draws[:, :2], 0.5)
     return width / 2 + (1 - width) * places[:, 0], height / 2 + (1 - height) * places[:, 1], width, height
+
+
+def crop_draws(keys: Tensor) -> Tensor:
+    """What the crop of each key (B,) is made of, (B, 22) in [0, 1): its place, then area and aspect of each try."""
+    return draw(keys, "resized_crop", 2 + 2 * _TRIES)
+
+
+def pixel_box(draws: Sequence[float], min_area: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """The crop of `crop_boxes` in whole pixels of one image: left, top, width and height.
+
+    `draws` is its row of `crop_draws`. Sides are rounded, and the place is one of all that the box has inside the
+    image, as in torchvision's RandomResizedCrop.
+    """
+    x, y, *tries = draws
+    for area_share, ratio_share in zip(tries[::2], tries[1::2], strict=True):
+        area = (min_area + (1 - min_area) * area_share) * width * height
+        ratio = math.exp((2 * ratio_share - 1) * math.log(4 / 3))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            return int(x * (width - box_width + 1)), int(y * (height - box_height + 1)), box_width, box_height
+    box_width, box_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
 def _spread(shares: Tensor, low: float, high: float) -> Tensor:

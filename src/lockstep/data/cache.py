@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,14 +53,26 @@ def open_image(split: Split, row: int) -> Image.Image:
     Raises UnreadableImage, naming file or row, if its bytes are missing or broken; plain UserError if the file cannot
     be reached for another reason (an input/output error says nothing about the image, so it is never skipped).
     """
+    with damage_named(split, row):
+        return decoded(split.read(row))
+
+
+@contextmanager
+def damage_named(split: Split, row: int) -> Iterator[None]:
+    """Within it, what goes wrong with the image at `row` is raised as `open_image` does."""
     try:
-        return _upright(_first_frame(split.read(row)))
+        yield
     except OSError as error:
         if error.errno in (None, errno.ENOENT, errno.EISDIR):
             raise UnreadableImage(f"{_broken(split, row, error)}, or {SKIP}") from error
         raise UserError(_broken(split, row, error)) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(f"{_broken(split, row, error)}, or {SKIP}") from error
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """All pixels of an image that `Split.read` has opened, upright, and its file closed."""
+    return _upright(_first_frame(image))
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
@@ -90,7 +103,11 @@ def read_image(split: Split, row: int, channels: int) -> Image.Image:
 
     Raises plain UserError if it holds 32-bit pixels.
     """
-    image = open_image(split, row)
+    return in_channels(open_image(split, row), channels, split, row)
+
+
+def in_channels(image: Image.Image, channels: int, split: Split, row: int) -> Image.Image:
+    """The second half of `read_image`."""
     if image.mode in ("I", "F"):
         raise UserError(f"{split.where(row)} has 32-bit pixels (mode {image.mode}): convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255

@@ -2,17 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image, read_image
+from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image
+from lockstep.data.crop import read_crop
 from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.sources.source import Identity, spread
 from lockstep.data.split import divide, load_or_draw_split
@@ -75,10 +75,11 @@ class ImageSet:
                 raise
             return None
 
-    def open(self, index: int) -> Image.Image | None:
-        """Sample `index` in its full size, decoded, mode L or RGB, for random resized crops; else as `load`."""
+    def crop(self, index: int, draws: Sequence[float], min_area: float) -> Tensor | None:
+        """A random resized crop of sample `index`, by its row of `crop_draws`, from the full image; else as `load`."""
+        channels, height, width = self.shape
         try:
-            return read_image(self.split, int(self.rows[index]), self.shape[0])
+            return read_crop(self.split, int(self.rows[index]), (height, width, channels), draws, min_area)
         except UnreadableImage:
             if self.on_error == "raise":
                 raise

@@ -9,17 +9,16 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL.Image import Resampling
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lockstep.augment.geometry import crop_boxes
+from lockstep.augment.geometry import crop_draws
 from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
@@ -84,9 +83,8 @@ class TrainLoader:
 
     def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
         min_area = self._config.augment.resized_crop if self._precrops else 0.0
-        requests = ((m.samples.tolist(), self._keys(m)) for m in microbatches)
-        tagged = ([(index, key, min_area) for index, key in zip(*request, strict=True)] for request in requests)
-        loader = _data_loader(self._data, tagged, self._config, self._launch)
+        requests = (Request(m.samples.tolist(), self._keys(m).tolist(), min_area) for m in microbatches)
+        loader = _data_loader(self._data, requests, self._config, self._launch)
         for images, labels, keys in loader:
             yield Batch(*(to_device(part, self._launch.device) for part in (images, labels, keys)))
 
@@ -118,48 +116,46 @@ class EvaluationLoader:
                 images, labels = self.data.images.index_select(0, self.data.rows[samples]), self.data.labels[samples]
                 yield to_device(samples, device), to_device(images, device), to_device(labels, device)
             return
-        tagged = ([(int(index), index, 0.0) for index in samples] for samples in batches)
-        for images, labels, samples in _data_loader(self.data, tagged, self._config, self._launch):
+        requests = (Request(samples.tolist(), samples.tolist()) for samples in batches)
+        for images, labels, samples in _data_loader(self.data, requests, self._config, self._launch):
             yield to_device(samples, device), to_device(images, device), to_device(labels, device)
 
 
-Request = tuple[int, Tensor, float]  # sample index, key, smallest area of a random crop (0: none)
+class Request(NamedTuple):
+    """The samples of one batch, by index, with a key each; `min_area` of their random crops (0: none)."""
+
+    samples: list[int]
+    keys: list[int]
+    min_area: float = 0.0
 
 
 class _Decoder(Dataset):
-    """Answers requests of one sample each; lives in the workers."""
+    """Answers requests; lives in the workers."""
 
     def __init__(self, data: ImageSet) -> None:
         self.data = data
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
-        index, key, min_area = request
-        return *read_sample(self.data, index, key, min_area), key
+    def __getitem__(self, request: Request) -> list[tuple[Tensor, ...]]:
+        keys = torch.tensor(request.keys)
+        read = read_samples(self.data, request.samples, keys, request.min_area)
+        return [(*sample, key) for sample, key in zip(read, keys, strict=True)]
 
 
-def read_sample(data: ImageSet, index: int, key: Tensor, min_area: float) -> tuple[Tensor, Tensor]:
-    """Image uint8 (H, W, C) and label () of a sample, cut at random by `key` if `min_area` is above 0.
+def read_samples(
+    data: ImageSet, samples: Sequence[int], keys: Tensor, min_area: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Image uint8 (H, W, C) and label () of each sample, cut at random by its key if `min_area` is above 0.
 
     One that is skipped is black, and of SKIPPED_LABEL.
     """
-    pixels = _crop(data, index, key, min_area) if min_area else data.load(index)
-    if pixels is None:
-        channels, height, width = data.shape
-        return torch.zeros(height, width, channels, dtype=torch.uint8), torch.tensor(SKIPPED_LABEL)
-    return pixels, data.labels[index]
-
-
-def _crop(data: ImageSet, index: int, key: Tensor, min_area: float) -> Tensor | None:
-    """A random part of the full image, resized with antialiasing, uint8 (H, W, C)."""
-    image = data.open(index)
-    if image is None:
-        return None
-    x, y, width, height = (float(side) for side in crop_boxes(key[None], min_area, image.width / image.height))
-    left, top = (x - width / 2) * image.width, (y - height / 2) * image.height
-    box = (left, top, left + width * image.width, top + height * image.height)
-    _, target_height, target_width = data.shape
-    cut = image.resize((target_width, target_height), Resampling.BILINEAR, box=box)
-    return torch.from_numpy(np.array(cut).reshape(target_height, target_width, -1))
+    draws = crop_draws(keys).tolist() if min_area else [[]] * len(samples)
+    channels, height, width = data.shape
+    for index, drawn in zip(samples, draws, strict=True):
+        pixels = data.crop(index, drawn, min_area) if min_area else data.load(index)
+        if pixels is None:
+            yield torch.zeros(height, width, channels, dtype=torch.uint8), torch.tensor(SKIPPED_LABEL)
+        else:
+            yield pixels, data.labels[index]
 
 
 def _begin_work(program: int, worker: int) -> None:
@@ -182,13 +178,13 @@ def _without_broken_connections(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _data_loader(
-    data: ImageSet, requests: Iterator[list[Request]], config: Config, launch: Launch
-) -> Iterator[list[Tensor]]:
+def _data_loader(data: ImageSet, requests: Iterator[Request], config: Config, launch: Launch) -> Iterator[list[Tensor]]:
     workers = config.data.workers if config.data.workers >= 0 else max(launch.cores - 1, 0)
     loader = DataLoader(
         _Decoder(data),
-        batch_sampler=requests,
+        batch_size=None,
+        sampler=requests,
+        collate_fn=default_collate,
         num_workers=workers,
         pin_memory=launch.device.type == "cuda",
         prefetch_factor=4 if workers else None,

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lockstep.augment.transform import build_transform
 from lockstep.data.images import SKIPPED_LABEL, Data
-from lockstep.data.loader import crops_while_decoding, read_sample
+from lockstep.data.loader import crops_while_decoding, read_samples
 from lockstep.randomness import sample_keys
 from lockstep.settings.config import Config
 
@@ -36,8 +36,7 @@ def _as_in(epoch: int, chosen: list[int], config: Config, data: Data) -> Tensor:
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=precropped)
     keys = sample_keys(config.run.seed, epoch, data.train.rows[chosen], torch.zeros(len(chosen), dtype=torch.int64))
     min_area = config.augment.resized_crop if precropped else 0.0
-    read = [read_sample(data.train, index, key, min_area) for index, key in zip(chosen, keys, strict=True)]
-    images, labels = torch.stack([image for image, _ in read]), torch.stack([label for _, label in read])
+    images, labels = map(torch.stack, zip(*read_samples(data.train, chosen, keys, min_area), strict=True))
     assert not (labels == SKIPPED_LABEL).any(), "only images that can be read were chosen"
     pixels, _ = transform.train_batch(images, labels, keys, (config.run.seed, epoch, 0))
     pixels = functional.interpolate(pixels, images.shape[1:3])  # those of smaller epochs, in blocks

@@ -9,7 +9,9 @@ from typing import NoReturn
 
 import torch
 
+from lockstep.data.crop import CROP_VERSION
 from lockstep.data.images import SKIPPED_LABEL, Data
+from lockstep.data.loader import crops_while_decoding
 from lockstep.data.sampler import Sampler
 from lockstep.errors import UserError
 from lockstep.evaluation.metrics import Predictions
@@ -44,11 +46,12 @@ def open_tracker(
         kept = {"micro_batch_size": sampler.micro_batch_size, "threads": torch.get_num_threads(), "data": data.identity}
         run.create(**kept, **({"origin": progress.origin} if progress.origin else {}))
         write_input(run.path, data)
-    changes, numerics = changed_numerics(run.path, config.runtime, launch), numerics_of(config.runtime, launch)
+    crops = {"crops": CROP_VERSION} if crops_while_decoding(data.train, config.augment) else {}
+    changes, numerics = changed_numerics(run.path, config.runtime, launch, crops), numerics_of(config.runtime, launch)
     environment = (
         describe_environment()
         | launch.as_dict(sampler.microbatches_per_step)
-        | {"step": progress.step, "numerics": numerics}
+        | {"step": progress.step, "numerics": numerics | crops}
     )
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
     _say_where_it_goes_on(tracker, run, progress, changes)
@@ -82,10 +85,17 @@ def _say_where_it_goes_on(tracker: Tracker, run: Run, progress: Progress, change
         tracker.say(f"{run.path} was begun before and has no checkpoint: from the beginning")
 
 
-def changed_numerics(run_dir: Path, config: RuntimeConfig, launch: Launch) -> str:
-    """In what the numerics of now differ from those of the run's last start; empty if in nothing, or if it has none."""
-    starts = read_starts(run_dir)
-    return describe_changes(starts[-1].get("numerics", {}), numerics_of(config, launch)) if starts else ""
+def changed_numerics(run_dir: Path, config: RuntimeConfig, launch: Launch, crops: dict[str, int] | None = None) -> str:
+    """In what the numerics of now differ from those of the run's last start; empty if in nothing, or if it has none.
+
+    `crops`: the rule of random crops of streamed images; None, where no data are open: that of now, if it had one.
+    """
+    if not (starts := read_starts(run_dir)):
+        return ""
+    before = starts[-1].get("numerics", {})
+    if crops is None:
+        crops = {"crops": CROP_VERSION} if "crops" in before else {}
+    return describe_changes(before, numerics_of(config, launch) | crops)
 
 
 def report_pause(run: Run, tracker: Tracker, progress: Progress, calendar: Calendar, preemption: Preemption) -> int:

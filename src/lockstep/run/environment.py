@@ -13,7 +13,7 @@ import torch
 
 from lockstep.launch.machine import cpu_model
 
-_PACKAGES = ("torch", "torchvision", "accelerate", "timm", "datasets", "numpy", "wandb")
+_PACKAGES = ("torch", "torchvision", "accelerate", "timm", "datasets", "numpy", "pillow", "simplejpeg", "wandb")
 
 
 def describe_environment() -> dict[str, Any]:
