@@ -125,7 +125,7 @@ def _describe_outside_failure(failure: OSError | RuntimeError | MemoryError) -> 
     text = str(failure)
     if text.startswith("DataLoader worker"):  # torch raises it wherever the program is when a worker dies
         cause = text.split(". ")[0]
-        return f"error: {cause}; if memory is short, lower --data.workers. The same command continues"
+        return f"error: {cause}; if memory or /dev/shm is short, lower --data.workers. The same command continues"
     if "gloo" in text and any(sign in text for sign in _PEER_GONE):
         return "ended: another process of this run is gone; it, or the launcher, says why. The same command continues"
     return None

@@ -23,6 +23,7 @@ from lockstep.data.loader import (
     EvaluationLoader,
     TrainLoader,
     _without_broken_connections,
+    choose_workers,
     evaluation_batch,
 )
 from lockstep.data.sampler import Sampler, build_sampler
@@ -153,11 +154,37 @@ def test_workers_leave_no_trace(tmp_path: Path, resized_crop: float) -> None:
     assert_equal(alone.batches(range(5)), helped.batches(range(5)))
 
 
+def test_workers_take_the_cores_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at least where a GPU computes, as many as are set, and none without room for what they hand over."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("lockstep.data.loader.shared_memory_free", lambda: 64 * 2**20)
+    of_cores = {cores: replace(launch_of(), cores=cores) for cores in (1, 2, 9)}
+    assert [choose_workers(DataConfig(), launch) for launch in of_cores.values()] == [0, 1, 8]
+    gpu = replace(of_cores[1], device=torch.device("cuda"))
+    assert choose_workers(DataConfig(), gpu) == 1 and choose_workers(DataConfig(workers=0), gpu) == 0
+    batch = 32 * 224 * 224 * 3  # 4.6 MiB
+    assert choose_workers(DataConfig(), of_cores[9], batch) == 2
+    assert choose_workers(DataConfig(), gpu, 4 * batch) == 0
+    assert choose_workers(DataConfig(workers=5), gpu, 4 * batch) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert choose_workers(DataConfig(), of_cores[9], batch) == 1
+
+
+def test_fewer_workers_for_want_of_shared_memory_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    config, launch = config_of(tmp_path, memory_budget=0.0), replace(launch_of(), cores=3)
+    streamed = train_loader(config, tmp_path, launch)
+    monkeypatch.setattr("lockstep.data.loader.shared_memory_free", lambda: 2000)
+    everything(streamed.batches(range(2)))
+    assert capsys.readouterr().out.startswith("note: 0 workers decode images in the place of 2")
+
+
 STREAMING = """
 import sys, time, torch
 from pathlib import Path
 from lockstep.launch.accelerator import Launch
-from lockstep.settings.config import Config, DataConfig
 from lockstep.data import loader
 
 begin = loader._begin_work
@@ -170,7 +197,7 @@ def begin_late(program, worker):
 
 loader._begin_work = begin_late
 launch = Launch(torch.device("cpu"), 1, 0, 0, "no", 1)
-next(iter(loader._data_loader(None, iter([[]]), Config(data=DataConfig(workers=1)), launch)))
+next(iter(loader._data_loader(None, iter([[]]), 1, launch)))
 """
 
 

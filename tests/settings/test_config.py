@@ -220,6 +220,7 @@ def other_value(value: Any, annotation: Any) -> Any:
 
 CHANGES = {
     "runtime.compile": "default",
+    "data.workers": 3,
     "run.name": "other", "run.max_hours": 1.0, "run.group": "other", "data.num_classes": 12, "data.val_fraction": 0.2,
     "augment.image_size": 16, "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mean": (0.4,), "augment.std": (1,),
     "augment.mix_prob": 0.5, "augment.mix_off_epoch": 3, "train.bce_target_threshold": 0.2,

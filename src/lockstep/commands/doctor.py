@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lockstep.data.images import Data, build_data
-from lockstep.data.loader import TrainLoader
+from lockstep.data.loader import TrainLoader, choose_workers
 from lockstep.data.sampler import build_sampler, propose_micro_batch_size, resolve_micro_batch_size
 from lockstep.errors import UserError, first_line
 from lockstep.files import path_of
@@ -140,9 +140,8 @@ def check_cores(parts: Parts) -> Finding:
     """CPU threads and data workers against the cores that this process may use."""
     if parts.launch is None:
         return _NO_LAUNCH
-    cores, threads, workers = parts.launch.cores, torch.get_num_threads(), parts.config.data.workers
-    spare = max(cores - 1, 0)
-    workers = workers if workers >= 0 else spare
+    cores, threads = parts.launch.cores, torch.get_num_threads()
+    spare, workers = max(cores - 1, 0), choose_workers(parts.config.data, parts.launch)
     machine, neighbours = len(os.sched_getaffinity(0)), _local_processes(parts.launch)
     problems = []
     if neighbours > machine:

@@ -4,6 +4,7 @@ A decoded set is indexed directly: no workers, no copies of what is not used. A 
 DataLoader whose batches are given by the sampler, so that workers only decide when something is decoded, never what.
 """
 
+import math
 import multiprocessing
 import os
 import re
@@ -23,10 +24,10 @@ from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
-from lockstep.launch.machine import signal_at_death_of_parent
+from lockstep.launch.machine import local_processes, shared_memory_free, signal_at_death_of_parent
 from lockstep.launch.transfer import to_device
 from lockstep.randomness import sample_keys
-from lockstep.settings.config import AugmentConfig, Config
+from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
 # Samples of one evaluation batch. Fixed, and batches are dealt to processes whole, so that each sample is computed
 # in the same company everywhere.
@@ -84,9 +85,18 @@ class TrainLoader:
     def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
         min_area = self._config.augment.resized_crop if self._precrops else 0.0
         requests = (Request(m.samples.tolist(), self._keys(m).tolist(), min_area) for m in microbatches)
-        loader = _data_loader(self._data, requests, self._config, self._launch)
-        for images, labels, keys in loader:
+        for images, labels, keys in _data_loader(self._data, requests, self._workers(), self._launch):
             yield Batch(*(to_device(part, self._launch.device) for part in (images, labels, keys)))
+
+    def _workers(self) -> int:
+        batch_bytes = self.sampler.micro_batch_size * math.prod(self._data.shape)
+        workers, wanted = (choose_workers(self._config.data, self._launch, size) for size in (batch_bytes, 1))
+        if workers < wanted:
+            self._launch.say(
+                f"note: {workers} workers decode images in the place of {wanted}, for which /dev/shm has no room: "
+                "enlarge it (docker run --shm-size=8g)"
+            )
+        return workers
 
 
 def evaluation_batch(shape: tuple[int, int, int]) -> int:
@@ -117,7 +127,8 @@ class EvaluationLoader:
                 yield to_device(samples, device), to_device(images, device), to_device(labels, device)
             return
         requests = (Request(samples.tolist(), samples.tolist()) for samples in batches)
-        for images, labels, samples in _data_loader(self.data, requests, self._config, self._launch):
+        workers = choose_workers(self._config.data, self._launch, size * math.prod(self.data.shape))
+        for images, labels, samples in _data_loader(self.data, requests, workers, self._launch):
             yield to_device(samples, device), to_device(images, device), to_device(labels, device)
 
 
@@ -178,8 +189,22 @@ def _without_broken_connections(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _data_loader(data: ImageSet, requests: Iterator[Request], config: Config, launch: Launch) -> Iterator[list[Tensor]]:
-    workers = config.data.workers if config.data.workers >= 0 else max(launch.cores - 1, 0)
+_PREFETCH = 4
+"""Batches that each worker has ready"""
+
+
+def choose_workers(config: DataConfig, launch: Launch, batch_bytes: int = 1) -> int:
+    """Processes that decode a streamed set for this one: as set, else a core each but one, and one at least on a GPU.
+
+    Of the latter no more than find room in shared memory, of which a container may have 64 MB: a worker without dies.
+    """
+    if config.workers >= 0:
+        return config.workers
+    room = shared_memory_free() // local_processes() // ((_PREFETCH + 1) * batch_bytes)
+    return min(max(launch.cores - 1, 1 if launch.device.type == "cuda" else 0), room)
+
+
+def _data_loader(data: ImageSet, requests: Iterator[Request], workers: int, launch: Launch) -> Iterator[list[Tensor]]:
     loader = DataLoader(
         _Decoder(data),
         batch_size=None,
@@ -187,7 +212,7 @@ def _data_loader(data: ImageSet, requests: Iterator[Request], config: Config, la
         collate_fn=default_collate,
         num_workers=workers,
         pin_memory=launch.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCH if workers else None,
         worker_init_fn=partial(_begin_work, os.getpid()),
     )
     try:

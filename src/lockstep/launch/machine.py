@@ -5,7 +5,9 @@ import ctypes
 import faulthandler
 import os
 import platform
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def local_processes() -> int:
     """Processes of this run on this machine, among which its cores and its memory are divided."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+
+
+def shared_memory_free() -> int:
+    """Bytes that processes may still share by torch's way; no limit is known where there is no folder for them."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return sys.maxsize
 
 
 def has_fast_bf16(on_cpu: bool) -> bool:

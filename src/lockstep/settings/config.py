@@ -103,8 +103,8 @@ class DataConfig(_Section):
     """Column of the images in hf: sources, their extension in tar: ones; default: the first of images"""
     label_column: str | None = None
     """Column of the labels in hf: sources (default: label or alike), extension or JSON key in tar: ones (cls, label)"""
-    workers: int = 0
-    """Processes that decode images of a set too large for the cache; -1: one per spare core"""
+    workers: int = -1
+    """Processes that decode images of a streamed set; -1: a core each but one, as far as shared memory has room"""
     memory_budget: float = 2.0
     """GiB; a set that fits is decoded once and kept in memory (or on the device), a larger one streams"""
     on_error: Literal["raise", "skip"] = "raise"
