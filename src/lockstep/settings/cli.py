@@ -165,6 +165,7 @@ _ELSEWHERE = {
     "output_dir": "run.root",
     "per_device_train_batch_size": "train.micro_batch_size",
     "scheduler": "schedule.name",
+    "streaming": "data.memory_budget",
 }
 """What other programs call a setting"""
 
