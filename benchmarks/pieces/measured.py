@@ -90,7 +90,7 @@ def speed(place: Place, name: str, *, compiled: bool) -> dict[str, Any]:
         ours = size / _seconds(place, lambda steps: stretch(training, steps))
         found: dict[str, Any] = {"images_per_second": ours, "peak_memory_gb": _peak_memory_gb(place)}
         _leave_exactness()
-        found["bare step"] = size / _seconds(place, _bare_step(training, size))
+        found["bare step"] = size / _seconds(place, bare_step(training, size))
         if not compiled:
             try:
                 found["plain script"] = _plain_script(place, work, size)
@@ -114,7 +114,7 @@ def _leave_exactness() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def _bare_step(training: Any, size: int) -> Callable[[int], None]:
+def bare_step(training: Any, size: int) -> Callable[[int], None]:
     """Steps of network, loss and optimizer alone, on a batch that stays."""
     learner, device = training.learner, training.launch.device
     images = torch.rand(size, *training.data.image_shape, device=device).to(memory_format=torch.channels_last)
