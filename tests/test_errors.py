@@ -49,7 +49,7 @@ def test_without_an_error_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("local_rank", "waits"), [("0", False), ("3", True)])
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", False), ("3", True), ("x", False), ("-1", False)])
 def test_other_processes_let_the_first_speak(
     local_rank: str, waits: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_first_of_machine() -> bool:
+    """Whether the launcher started no process before this one here; where its variable holds no number, it is alone."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return not local_rank.isdecimal() or int(local_rank) == 0
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line for a UserError, and for what a machine or a peer does to it.
@@ -54,7 +60,7 @@ def one_line_errors() -> Iterator[None]:
     is a slip of ours or of a library and keeps its traceback. Processes that fail alike should say so once: all but the
     first of a machine give that one time to speak, and the launcher then ends them.
     """
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = is_first_of_machine()
     for stream in (sys.stdout, sys.stderr):  # a name of the user's, where a terminal has another encoding
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

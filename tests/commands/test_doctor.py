@@ -230,6 +230,26 @@ def test_a_taken_port_is_a_warning_for_one_process(examine: Doctor, monkeypatch:
     assert (code, found["port"][0]) == (0, "warning") and "--main_process_port" in found["port"][1]
 
 
+@pytest.mark.parametrize("value", ["", "x", "-1", "99999"])
+def test_what_is_no_port_is_a_warning_for_one_process(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", value)
+    found = doctor.check_port(Parts(Config()))
+    assert found and found.status == "warning" and found.text.startswith(f"MASTER_PORT={value!r} in the environment is")
+
+
+@pytest.mark.parametrize(("variable", "value"), [("LOCAL_RANK", "x"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")])
+def test_odd_ranks_are_one_line_that_nobody_waits_for(
+    variable: str, value: str, examine: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr("lockstep.commands.doctor.time.sleep", naps.append)
+    monkeypatch.setenv(variable, value)
+    code, found = examine()
+    assert (code, found["launch"][0], naps) == (1, "failed", [])
+    assert found["launch"][1].startswith(f"{variable}=") and "in the environment must be" in found["launch"][1]
+
+
 def test_a_misspelt_setting_is_answered_as_by_the_training(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
         lockstep(["doctor", "--optim.lrr=1"])

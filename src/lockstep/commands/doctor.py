@@ -29,7 +29,7 @@ from accelerate.utils import gather_object
 from lockstep.data.images import Data, build_data
 from lockstep.data.loader import TrainLoader, choose_workers
 from lockstep.data.sampler import build_sampler, propose_micro_batch_size, resolve_micro_batch_size
-from lockstep.errors import UserError, first_line
+from lockstep.errors import UserError, first_line, is_first_of_machine
 from lockstep.files import path_of
 from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.machine import has_fast_bf16
@@ -163,7 +163,11 @@ def check_port(parts: Parts) -> Finding | None:
         return _NO_LAUNCH
     if parts.launch and parts.launch.num_processes > 1:
         return Finding("ok", f"{parts.launch.num_processes} processes connected at {_address()}")
-    port = int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+    given = os.environ.get("MASTER_PORT", str(_DEFAULT_PORT))
+    port = int(given) if given.isdecimal() else 0
+    if not 0 < port < 65536:
+        what = f"MASTER_PORT={given!r} in the environment is no port"
+        return Finding("warning", f"{what} (one process needs none): unset it")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -429,7 +433,7 @@ def examine(config: Config) -> dict[str, Finding]:
         if finding is None:
             continue
         findings[name] = finding
-        if parts.launch is None and name == "launch" and os.environ.get("LOCAL_RANK", "0") != "0":
+        if parts.launch is None and name == "launch" and not is_first_of_machine():
             time.sleep(_FIRST_PROCESS_SPEAKS_SECONDS)  # if the first process fails alike, it speaks and ends all
         if parts.is_main:
             print(_line(name, finding), flush=True)
@@ -473,7 +477,7 @@ def _time_limit(seconds: float, name: str, problem: str) -> Iterator[None]:
     """End the process with a `failed` line if the body takes longer: nothing gentler ends a waiting collective."""
 
     def end() -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_of_machine():
             print(_line(name, Finding("failed", f"{problem} (gave up after {seconds:g} s)")), flush=True)
         os._exit(1)
 

@@ -24,6 +24,8 @@ def refuse_odd_ranks() -> None:
     for name, value in given.items():
         if not value.isascii() or not value.isdigit() or len(value) > 9:
             raise UserError(f"{name}={value!r} in the environment must be a whole number: unset it, or use a launcher")
+    if not int(given.get("LOCAL_WORLD_SIZE", 1)):
+        raise UserError("LOCAL_WORLD_SIZE=0 in the environment must be at least 1: unset it, or use a launcher")
     rank, processes, port = (int(given.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if processes <= 1 and "LOCAL_RANK" not in given and rank == 0:
         return
