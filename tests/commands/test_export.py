@@ -216,6 +216,23 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
         load_exported(tmp_path / "full")
 
 
+def test_a_folder_holds_one_form(run: Path, tmp_path: Path) -> None:
+    out = export(run, "hub-folder", tmp_path / "out", "--images=5")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for form, found in (("safetensors", "config.json"), ("torch_export", "config.json and model.safetensors")):
+        with pytest.raises(UserError, match=f"out holds another form's {found}: name another folder"):
+            main([str(run), "--to", form, "--output", str(out)])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    export(run, "hub-folder", out, "--images=5")  # the same form again
+    assert {path.name for path in out.iterdir()} == before.keys()
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_each_form_names_all_that_it_writes(form: str, run: Path, tmp_path: Path) -> None:
+    out = export(run, form, tmp_path / "out", "--images=5")
+    assert {path.name for path in out.iterdir()} - {"README.md", "preprocessing.json"} == set(FORMATS[form].files)
+
+
 def test_the_hub_gets_the_folder_or_is_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.push_to_hub:
         require_token(options.push_to_hub)
     output = options.output or options.run / "export" / options.to
-    with _filled_aside(output) as folder:
+    with _filled_aside(output, options.to) as folder:
         _export(options, checkpoint, folder)
     print_line(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     if options.push_to_hub:
@@ -74,13 +74,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _filled_aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output`, whose files go there when all is well, and nowhere else."""
+def _filled_aside(output: Path, form: str) -> Iterator[Path]:
+    """A folder beside `output`, whose files go there when all is well, and nowhere else.
+
+    Raises UserError if files of others lie in `output`, or an export of another form, which card and preprocessing.json
+    would no longer describe.
+    """
     output = output.resolve()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: name a folder")
     if output.exists() and any(output.iterdir()) and not (output / PREPROCESSING).is_file():
         raise UserError(f"--output={output} holds other files: name an empty or a new folder")
+    of_forms = {name for known in FORMATS.values() for name in known.files} - set(FORMATS[form].files)
+    if found := sorted(name for name in of_forms if (output / name).exists()):
+        raise UserError(f"--output={output} holds another form's {' and '.join(found)}: name another folder")
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:

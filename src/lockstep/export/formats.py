@@ -24,13 +24,19 @@ Outputs = Callable[[Tensor], Tensor]
 class Format(NamedTuple):
     """One form. `write` leaves files in a folder, `read` gives what they compute."""
 
-    file: str
+    files: tuple[str, ...]
+    """That it alone leaves in the folder, the network first"""
     write: Callable[[Classifier, ModelConfig, Path], None]
     read: Callable[[Path], Outputs]
     normalises: bool
     """Whether normalisation is within the file"""
     needs: tuple[str, ...] = ()
     """Packages beside those of requirements.txt"""
+
+    @property
+    def file(self) -> str:
+        """The network's."""
+        return self.files[0]
 
 
 def write_export(name: str, classifier: Classifier, config: ModelConfig, folder: Path) -> None:
@@ -114,8 +120,10 @@ def _example(classifier: Classifier) -> Tensor:
 
 
 FORMATS = {
-    "safetensors": Format(WEIGHTS, _write_weights, load_exported, normalises=False),
-    "hub-folder": Format(WEIGHTS, _write_hub_folder, _read_hub_folder, normalises=False),
-    "torch_export": Format("model.pt2", _write_torch_export, _read_torch_export, normalises=True),
-    "onnx": Format("model.onnx", _write_onnx, _read_onnx, normalises=True, needs=("onnx", "onnxscript", "onnxruntime")),
+    "safetensors": Format((WEIGHTS,), _write_weights, load_exported, normalises=False),
+    "hub-folder": Format((WEIGHTS, "config.json"), _write_hub_folder, _read_hub_folder, normalises=False),
+    "torch_export": Format(("model.pt2",), _write_torch_export, _read_torch_export, normalises=True),
+    "onnx": Format(
+        ("model.onnx",), _write_onnx, _read_onnx, normalises=True, needs=("onnx", "onnxscript", "onnxruntime")
+    ),
 }
