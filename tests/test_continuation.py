@@ -47,6 +47,21 @@ def test_a_run_made_longer_is_the_one_that_was_long_from_the_start(train_here: A
 
 
 @pytest.mark.slow
+def test_a_run_without_validations_is_made_longer(train_here: Any) -> None:
+    settings = (
+        *SHORT,
+        "--schedule.name=constant",
+        "--data.val_fraction=0",
+        "--train.validate_every_epochs=3",
+        "--log.figures=false",
+    )
+    long = train_here(*settings, "--train.epochs=4", "--run.name=long")
+    train_here(*settings, "--train.epochs=2", "--run.name=grown")
+    grown = train_here(*settings, "--train.epochs=4", "--run.name=grown")
+    assert lines_of(grown) == lines_of(long) and same_files(long, grown, "model.safetensors")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # which count steps by weight, and by group
 def test_a_new_run_begins_with_weights_average_and_optimizer_of_another(
     optimizer: str, train_here: Any, capsys: Any

@@ -11,6 +11,7 @@ import torch
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.run.folder import Run, difference_of_data, open_run
+from lockstep.run.history import HISTORY
 from lockstep.settings.config import Config, LogConfig, OptimConfig, RunConfig, TrainConfig
 from lockstep.settings.yaml import load_config
 
@@ -124,11 +125,23 @@ def test_a_run_is_not_made_longer_where_its_past_would_change(
 ) -> None:
     config = with_epochs(config_in(tmp_path), 4, **schedule)
     config = replace(config, train=replace(config.train, **train))
-    open_run(config, LAUNCH).create()
+    run = opened(config)
+    run.create()
+    (run.path / HISTORY).write_text('{"split": "val", "epoch": 4}\n')
     with pytest.raises(
         UserError, match=f"cannot be made longer, from 4 to 6 epochs, for .*{cause}.*: go on .*--run.from_run="
     ):
         open_run(with_epochs(config, 6), LAUNCH)
+
+
+@pytest.mark.parametrize("train", [{"best_from_epoch": 5}, {"validate_every_epochs": 3}])
+def test_what_was_never_validated_can_be_made_longer(train: dict[str, Any], tmp_path: Path) -> None:
+    config = with_epochs(config_in(tmp_path), 4)
+    config = replace(config, train=replace(config.train, **train))
+    run = opened(config)
+    run.create()
+    (run.path / HISTORY).write_text('{"split": "train", "epoch": 4}\n{"split": "val", "epoch": 3}\n')
+    assert opened(with_epochs(config, 6)).old_epochs == 4
 
 
 def test_more_epochs_with_other_changes_are_another_run(tmp_path: Path) -> None:

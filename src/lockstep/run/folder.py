@@ -11,6 +11,7 @@ from lockstep.errors import UserError, did_you_mean
 from lockstep.files import path_of, read_json, remove_unfinished, replace_file, write_json
 from lockstep.launch.accelerator import Launch
 from lockstep.lease import Lease
+from lockstep.run.history import read_history
 from lockstep.settings.cli import run_dir_of
 from lockstep.settings.config import Config, changed_settings
 from lockstep.settings.yaml import config_to_yaml, load_config
@@ -230,9 +231,9 @@ def _is_longer(before: Config, config: Config) -> bool:
         cause = f"--schedule.name={config.schedule.name} lays its learning rates out over all epochs"
     elif before.train.max_steps is not None:
         cause = f"it ends with --train.max_steps={before.train.max_steps}"
-    elif epochs < before.train.best_from_epoch:
+    elif _was_validated(run_dir_of(config), epochs) and epochs < before.train.best_from_epoch:
         cause = f"its end counted as the best before epoch {before.train.best_from_epoch} (--train.best_from_epoch)"
-    elif epochs % before.train.validate_every_epochs:
+    elif _was_validated(run_dir_of(config), epochs) and epochs % before.train.validate_every_epochs:
         cause = f"its last validation, after epoch {epochs}, would not have been one"
     if cause:
         raise UserError(
@@ -240,6 +241,11 @@ def _is_longer(before: Config, config: Config) -> bool:
             f"as a new run, with --run.from_run={run_dir_of(config)} and another --run.name"
         )
     return True
+
+
+def _was_validated(run_dir: Path, epoch: int) -> bool:
+    """Whether there was a validation after this epoch: not yet, it may be, or never, without a validation set."""
+    return any(line.get("split") == "val" and line.get("epoch") == epoch for line in read_history(run_dir))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
