@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.probe import Probe
-from lockstep.report.diagnosis import Doubt, Evidence, Finding, diagnose, doubt_of, read_evidence, write_diagnosis
+from lockstep.report.diagnosis import (
+    Doubt,
+    Evidence,
+    Finding,
+    diagnose,
+    doubt_of,
+    levels_of,
+    read_evidence,
+    write_diagnosis,
+)
 from lockstep.run.history import HISTORY
 from lockstep.settings.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from lockstep.training.loss import build_loss
 
 CONFIG = Config(optim=OptimConfig(lr=0.01))
 SOUND = [2.0, 1.2, 0.8, 0.6, 0.5, 0.45, 0.42, 0.4]
@@ -103,15 +114,70 @@ def test_vanishing_gradients_are_no_dead_layer() -> None:
 @pytest.mark.parametrize(
     ("losses", "evidence"),
     [
-        ([2.3, 4.0, 3.5, 2.5], "train/loss is 4 in epoch 2, above 2.30"),
+        ([2.3, 4.0, 3.5, 2.5], "train/loss is 4 in epoch 2, above 2.3,"),
         ([2.0, 1.5, 1.9, 2.2], "rises from 1.5 in epoch 2 to 2.2 at the end"),
-        ([9.0, 2.3, 2.3, 2.3], "train/loss is 9 in epoch 1, above 2.30"),
+        ([9.0, 2.3, 2.3, 2.3], "train/loss is 9 in epoch 1, above 2.3,"),
     ],
 )
 def test_a_rate_that_is_too_high(losses: list[float], evidence: str) -> None:
     finding = the_one(history(losses), replace(HEALTHY, moved=5.0))
     assert finding.sign == "learning rate too high" and evidence in finding.evidence
     assert finding.advice == "--optim.lr=0.001"
+
+
+@pytest.mark.parametrize("losses", [[9.0, 4.0, 2.5, 1.2, 0.6], [6.0, 2.6, 2.0], [9.0]])
+def test_a_head_that_was_drawn_may_begin_high(losses: list[float]) -> None:
+    """Of a fine-tuning, which is not done yet."""
+    tuned = replace(CONFIG, model=ModelConfig(pretrained=True))
+    assert found(history(losses), replace(HEALTHY, moved=None), config=tuned) == []
+    stuck = the_one(history([9.0, 2.4, 2.4]), replace(HEALTHY, moved=None), config=tuned)
+    assert stuck.sign == "learning rate too high"
+
+
+SUMMED = TrainConfig(loss="bce", bce_sum=True)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        TrainConfig(), TrainConfig(label_smoothing=0.1), SUMMED, TrainConfig(loss="bce"),
+        TrainConfig(loss="bce", label_smoothing=0.2), replace(SUMMED, label_smoothing=0.1, bce_target_threshold=0.3),
+    ],
+)  # fmt: skip
+def test_levels_are_those_of_the_loss(train: TrainConfig) -> None:
+    """Logits are searched for the lowest loss, the same ones for all labels, or with the label known."""
+    loss_of, labels = build_loss(train), torch.arange(10)
+    lowest = []
+    for start in (torch.zeros(1, 10), torch.zeros(10, 10)):
+        logits = start.double().requires_grad_()
+        search = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+        def mean(logits: torch.Tensor = logits, search: torch.optim.LBFGS = search) -> torch.Tensor:
+            search.zero_grad()
+            loss = loss_of(logits.expand(10, 10), labels).mean()
+            loss.backward()
+            return loss
+
+        search.step(mean)
+        lowest.append(mean().item())
+    blank = loss_of(torch.zeros(10, 10).double(), labels).mean().item()
+    assert levels_of(Config(train=train), 10) == pytest.approx((blank, *lowest), abs=1e-4)
+
+
+@pytest.mark.parametrize("train", [TrainConfig(loss="bce"), SUMMED])
+def test_losses_of_each_class_have_a_scale_of_their_own(train: TrainConfig) -> None:
+    """Binary cross-entropy, which begins at ln(2) a class; validation measures cross-entropy."""
+    config, scale = replace(CONFIG, train=train), 10 if train.bce_sum else 1
+    sound, stuck = [0.5, 0.31, 0.22, 0.15, 0.1, 0.08], [0.4, 0.33, 0.33, 0.325, 0.325, 0.325]
+
+    def signs(losses: list[float], val: list[float]) -> list[str]:
+        lines = history([scale * loss for loss in losses], val, accuracies=[(0.9, 0.8)] * len(losses))
+        return [finding.sign for finding in found(lines, config=config)]
+
+    assert signs(sound, [2.2, 1.6, 1.1, 0.8, 0.6, 0.55]) == []
+    assert signs(sound[:2], [2.2, 1.6]) == [] and signs(sound[:1], [2.2]) == []
+    assert signs(stuck, 6 * [2.3]) == ["loss does not fall"]
+    assert signs([0.4, 0.9, 0.8, 0.33], 4 * [2.3]) == ["learning rate too high"]
 
 
 def test_a_rate_that_is_too_low() -> None:

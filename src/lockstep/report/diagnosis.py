@@ -2,7 +2,8 @@
 
 The rules look at the records of metrics.jsonl, at a probe of the network as training left it, and at what it made of
 the test set. A rule is one function of the evidence and one entry in CAUSES, SYMPTOMS or OTHERS. Thresholds leave
-sound runs in peace: losses are measured against that of guessing, ln(classes).
+sound runs in peace: losses are measured against that of guessing, which validation has at ln(classes), and training
+where `train.loss` has it.
 """
 
 import math
@@ -69,6 +70,37 @@ class Epoch(NamedTuple):
     val_accuracy: float = math.nan
 
 
+class Levels(NamedTuple):
+    """Of the training loss, for a network that says nothing, one that knows how frequent classes are, and the best."""
+
+    blank: float
+    """All logits are 0"""
+    guessing: float
+    lowest: float
+    """What label smoothing leaves"""
+
+
+def levels_of(config: Config, classes: int) -> Levels:
+    """Of cross-entropy, and of bce, where each class is a yes or no of its own."""
+    train = config.train
+    smoothed = train.label_smoothing / classes
+    true = 1 - train.label_smoothing + smoothed
+    if train.loss != "bce":
+        lowest = -true * math.log(true) - (classes - 1) * (smoothed * math.log(smoothed) if smoothed else 0)
+        return Levels(math.log(classes), math.log(classes), lowest)
+    scale = classes if train.bce_sum else 1
+    cut = train.bce_target_threshold is not None
+    mixes = config.augment.mixup or config.augment.cutmix
+    share = min((2 if cut and mixes else 1) / classes, 0.5)  # of yes: a mixed image may have both classes
+    lowest = 0.0 if cut else (_entropy(true) + (classes - 1) * _entropy(smoothed)) / classes
+    return Levels(scale * math.log(2), scale * _entropy(share), scale * lowest)
+
+
+def _entropy(share: float) -> float:
+    """Of a yes or no, in nats."""
+    return -sum(part * math.log(part) for part in (share, 1 - share) if part > 0)
+
+
 _TRAIN_KEYS = ("epoch", "loss", "accuracy", "lr", "grad_norm")
 _VAL_KEYS = ("epoch", "train_loss", "train_accuracy", "loss", "accuracy")
 
@@ -108,10 +140,31 @@ class Evidence:
         values = [line[key] for line in self.lines if line["epoch"] == epoch]
         return sum(values) / len(values)
 
+    @cached_property
+    def levels(self) -> Levels:
+        """Of the training loss."""
+        return levels_of(self.config, self.classes)
+
     @property
     def guessing(self) -> float:
-        """Cross-entropy of one who guesses."""
+        """The training loss of one who guesses."""
+        return self.levels.guessing
+
+    @property
+    def val_guessing(self) -> float:
+        """The validation loss of one who guesses: always cross-entropy."""
         return math.log(self.classes)
+
+    @property
+    def still_falls(self) -> bool:
+        """Whether the training loss may yet come down from a high start: the last epoch made it clearly lower.
+
+        Of one epoch with loaded weights nothing is known: a head may have been drawn to them.
+        """
+        *before, last = (epoch.train_loss for epoch in self.epochs)
+        if not before and (self.config.model.pretrained or self.config.model.checkpoint or self.config.run.from_run):
+            return True
+        return last < 0.9 * (before[-1] if before else self.levels.blank)
 
     @property
     def learns_little(self) -> bool:
@@ -121,10 +174,7 @@ class Evidence:
     @property
     def left_to_learn(self) -> float:
         """The last training loss between the lowest that label smoothing leaves, 0, and that of guessing, 1."""
-        smoothed = self.config.train.label_smoothing / self.classes
-        true = 1 - self.config.train.label_smoothing + smoothed
-        lowest = -true * math.log(true) - (self.classes - 1) * (smoothed * math.log(smoothed) if smoothed else 0)
-        return (self.epochs[-1].train_loss - lowest) / (self.guessing - lowest)
+        return (self.epochs[-1].train_loss - self.levels.lowest) / (self.guessing - self.levels.lowest)
 
     @property
     def mixes(self) -> bool:
@@ -137,7 +187,7 @@ class Evidence:
         first, last = self.epochs[0], self.epochs[-1]
         return (
             f"train/loss goes from {first.train_loss:.3g} in epoch {first.number} to {last.train_loss:.3g} in epoch "
-            f"{last.number} (guessing: {self.guessing:.2f})"
+            f"{last.number} (guessing: {self.guessing:.3g})"
         )
 
     def scaled_lr(self, factor: float) -> str:
@@ -254,17 +304,17 @@ def _rate_too_high(e: Evidence) -> Finding | None:
     losses = [epoch.train_loss for epoch in e.epochs]
     end = min(losses[-max(len(losses) // 3, 1) :])  # one bad epoch is no rise
     best = min(range(len(losses)), key=losses.__getitem__)
-    above = next((epoch for epoch in e.epochs[1:] if epoch.train_loss > 1.25 * e.guessing), None)
+    blank, first = e.levels.blank, e.epochs[0]
+    pairs = zip(e.epochs, e.epochs[1:], strict=False)  # one that falls from a high start, of a drawn head, is no sign
+    above = next((now for old, now in pairs if now.train_loss > max(1.25 * blank, old.train_loss)), None)
     if above:
-        where = (
-            f"train/loss is {above.train_loss:.3g} in epoch {above.number}, above {e.guessing:.2f}, that of guessing"
-        )
+        where = f"train/loss is {above.train_loss:.3g} in epoch {above.number}, above {blank:.3g}, that of guessing"
     elif end > (1.15 if e.learns_little else 1.5) * losses[best] and end - losses[best] > 0.1 * e.guessing:
         where = (
             f"train/loss rises from {losses[best]:.3g} in epoch {e.epochs[best].number} to {losses[-1]:.3g} at the end"
         )
-    elif e.learns_little and losses[0] > 2 * e.guessing:
-        where = f"train/loss is {losses[0]:.3g} in epoch {e.epochs[0].number}, above {e.guessing:.2f}, that of guessing"
+    elif e.learns_little and losses[0] > 2 * blank and not e.still_falls:
+        where = f"train/loss is {losses[0]:.3g} in epoch {first.number}, above {blank:.3g}, that of guessing"
     else:
         return None
     return Finding("learning rate too high", where, e.scaled_lr(0.1))
@@ -294,7 +344,7 @@ def _unrelated_labels(e: Evidence) -> Finding | None:
 
 
 def _loss_not_falling(e: Evidence) -> Finding | None:
-    if e.epochs[-1].train_loss < 0.95 * e.guessing:
+    if e.epochs[-1].train_loss < 0.95 * e.guessing or e.still_falls:
         return None
     advice = e.scaled_lr(0.1) if e.probe and (e.probe.moved or 0) > 1 else e.scaled_lr(10)
     return Finding("loss does not fall", e.course, f"{advice}, and look at some images: do their labels fit?")
@@ -313,8 +363,9 @@ def _oscillation(e: Evidence) -> Finding | None:
 def _underfitting(e: Evidence) -> Finding | None:
     third = e.epochs[-max(len(e.epochs) // 3, 2) :]
     last, lowest = e.epochs[-1], min(epoch.train_loss for epoch in third)
-    levels = [e.left_to_learn] + ([] if math.isnan(last.val_loss) else [last.val_loss / e.guessing])
-    flat = lowest > 0.97 * third[0].train_loss and not last.val_loss > 1.3 * last.train_loss
+    levels = [e.left_to_learn] + ([] if math.isnan(last.val_loss) else [last.val_loss / e.val_guessing])
+    apart = (last.val_loss / e.val_guessing) / max(last.train_loss / e.guessing, 1e-9)
+    flat = lowest > 0.97 * third[0].train_loss and not apart > 1.3
     rates = [line["lr"] for line in e.lines if line["epoch"] >= third[0].number]
     still_learns = max(rates, default=0.0) >= 0.1 * e.config.lr
     if len(e.epochs) < 4 or min(levels) < 0.4 or not flat or not still_learns:
@@ -342,8 +393,9 @@ def _overfitting(e: Evidence) -> Finding | None:
     best, last = min(measured, key=lambda epoch: epoch.val_loss), measured[-1]
     end = measured[-max(len(measured) // 3, 1) :]  # of few steps, an epoch's means jump
     gap = mean(epoch.train_accuracy - epoch.val_accuracy for epoch in end)
-    apart = mean(epoch.val_loss for epoch in end) / max(mean(epoch.train_loss for epoch in end), 1e-9)
-    rises = last.val_loss > 1.3 * best.val_loss and last.val_loss - best.val_loss > 0.05 * e.guessing
+    train, val = (mean(getattr(epoch, key) for epoch in end) for key in ("train_loss", "val_loss"))
+    apart = (val / e.val_guessing) / max(train / e.guessing, 1e-9)
+    rises = last.val_loss > 1.3 * best.val_loss and last.val_loss - best.val_loss > 0.05 * e.val_guessing
     if rises and last.train_loss < 0.8 * best.train_loss and gap > 0.02:
         where = (
             f"val/loss is lowest in epoch {best.number} ({best.val_loss:.3g}) and {last.val_loss:.3g} at the end, "
