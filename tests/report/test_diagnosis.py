@@ -83,6 +83,12 @@ def test_a_run_without_an_epoch_is_not_judged() -> None:
     assert found([]) == []
 
 
+def test_a_few_steps_are_too_few_for_a_loss_to_fall() -> None:
+    assert found(history([2.3]), replace(HEALTHY, moved=0.003)) == []
+    assert the_one(history([2.3, 2.3])).sign == "loss does not fall"
+    assert the_one(history([math.nan])).sign == "exploding gradients"
+
+
 def test_lines_of_training_do_without_validations() -> None:
     lines = [line for line in history(STUCK) if line["split"] == "train"]
     assert the_one(lines).sign == "loss does not fall"

@@ -101,6 +101,8 @@ def _entropy(share: float) -> float:
     return -sum(part * math.log(part) for part in (share, 1 - share) if part > 0)
 
 
+_LEAST_STEPS = 20
+"""Fewer say nothing of a loss that stands still"""
 _TRAIN_KEYS = ("epoch", "loss", "accuracy", "lr", "grad_norm")
 _VAL_KEYS = ("epoch", "train_loss", "train_accuracy", "loss", "accuracy")
 
@@ -154,6 +156,11 @@ class Evidence:
     def val_guessing(self) -> float:
         """The validation loss of one who guesses: always cross-entropy."""
         return math.log(self.classes)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a loss had hardly the steps to move."""
+        return max((line["step"] for line in self.lines if "step" in line), default=_LEAST_STEPS) < _LEAST_STEPS
 
     @property
     def still_falls(self) -> bool:
@@ -322,7 +329,7 @@ def _rate_too_high(e: Evidence) -> Finding | None:
 
 def _rate_too_low(e: Evidence) -> Finding | None:
     moved = e.probe.moved if e.probe else None
-    if moved is None or not moved <= 0.02 or not e.learns_little:
+    if moved is None or not moved <= 0.02 or not e.learns_little or e.is_short:
         return None
     where = f"the weights moved by {moved:.1%} of their size in all of training, and {e.course}"
     return Finding("learning rate too low", where, e.scaled_lr(10))
@@ -344,7 +351,7 @@ def _unrelated_labels(e: Evidence) -> Finding | None:
 
 
 def _loss_not_falling(e: Evidence) -> Finding | None:
-    if e.epochs[-1].train_loss < 0.95 * e.guessing or e.still_falls:
+    if e.epochs[-1].train_loss < 0.95 * e.guessing or e.still_falls or e.is_short:
         return None
     advice = e.scaled_lr(0.1) if e.probe and (e.probe.moved or 0) > 1 else e.scaled_lr(10)
     return Finding("loss does not fall", e.course, f"{advice}, and look at some images: do their labels fit?")
