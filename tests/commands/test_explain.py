@@ -1,5 +1,6 @@
 """`lockstep explain`: pictures of a run, and one line where something is not there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from lockstep.commands import explain
 from lockstep.commands.explain import _examples, _look, _open, _parser, _Seen, _with_more_of, main
-from lockstep.data.images import build_data
+from lockstep.data.images import SKIPPED_LABEL, build_data
 from lockstep.errors import UsageError, UserError
 from lockstep.models.network import build_model
 from lockstep.report import explanation
@@ -85,6 +87,20 @@ def test_predictions_are_those_of_the_network(run: Path) -> None:
     )
     assert seen.losses[2] == pytest.approx(-float(probabilities[seen.labels[2]].log()), rel=1e-5)
     assert seen.features.shape == (3, 128)
+
+
+def test_images_that_are_skipped_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _open(_parser().parse_args([str(run)]))
+    labels = subject.images.labels.clone()
+    labels[:3] = SKIPPED_LABEL
+    subject = replace(subject, images=replace(subject.images, labels=labels))
+    monkeypatch.setattr(explain, "evaluation_batch", lambda shape: 1)
+    assert _look(subject, [0, 5, 1, 7]).samples.tolist() == [5, 7]
+    with pytest.raises(UserError, match="none of the images can be read"):
+        _look(subject, [0, 1])
+    monkeypatch.setattr(explain, "_open", lambda options: subject)
+    with pytest.raises(UserError, match="the network has no layer nowhere"):  # the first image alone is no obstacle
+        main([str(run), "--cam_layer=nowhere"])
 
 
 def seen_of(labels: list[int], predicted: list[int], losses: list[float]) -> _Seen:

@@ -20,12 +20,21 @@ def small() -> nn.Sequential:
     )
 
 
+class Windows(nn.Module):
+    """Four of each image, in its place in the batch."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
 def test_layers_with_maps_are_found_in_the_order_in_which_they_are_done() -> None:
     sizes = map_sizes(small(), torch.randn(2, 1, 8, 8))
     assert sizes == {"0.0": (8, 8), "0.1": (8, 8), "0.2": (4, 4), "0": (4, 4), "1": (4, 4)}
     assert unpooled(small(), sizes) == ["0.0", "0.1", "1"]
     within = nn.Sequential(nn.Conv2d(1, 16, 2, stride=2, padding=1), nn.Flatten(2), nn.Unflatten(2, (2, 10)))
     assert list(map_sizes(within, torch.zeros(2, 1, 8, 6))) == ["0"], "4 x 3 and a pixel more, but not 2 x 10"
+    windows = nn.Sequential(nn.ReLU(), Windows(), nn.ReLU())
+    assert list(map_sizes(windows, torch.zeros(2, 1, 8, 8))) == ["0"], "behind it, 4 windows of 4 x 4 of each image"
     assert map_sizes(build_model(ModelConfig(name="mlp"), (1, 8, 8), 3), torch.randn(2, 1, 8, 8)) == {}
 
 

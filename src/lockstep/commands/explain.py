@@ -32,6 +32,9 @@ from lockstep.settings.cli import find_weights
 from lockstep.settings.yaml import load_config
 
 _MOST_POINTS, _LEAST_POINTS = 2000, 10
+_PROBES = 16
+"""Images of which one must be readable"""
+_NONE_READABLE = "none of the images can be read"
 _MAPPED_IMAGES, _MAPPED_LAYERS, _CHANNELS = 2, 5, 12
 
 
@@ -41,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.images < 1:
         raise UsageError(f"--images={options.images} must be at least 1")
     subject = _open(options)
-    samples, images = subject.load(spread(len(subject.images), 1))
-    sizes = map_sizes(subject.network, subject.transform.evaluate(images))
+    _, images = subject.load(spread(len(subject.images), _PROBES))
+    if not len(images):
+        raise UserError(_NONE_READABLE)
+    sizes = map_sizes(subject.network, subject.transform.evaluate(images[:1]))
     for flag, name in [*(("--layers", name) for name in options.layers), ("--cam_layer", options.cam_layer)]:
         if name is not None:
             _require_maps(subject.network, sizes, flag, name)
@@ -86,11 +91,12 @@ class _Subject:
     figures: Path
 
     def load(self, samples: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Of these samples those that can be read, and their images, uint8 (N, H, W, C); UserError if none can."""
+        """Of these samples those that can be read, and their images, uint8 (N, H, W, C)."""
         loaded = {sample: image for sample in samples if (image := self.images.load(sample)) is not None}
-        if not loaded:
-            raise UserError("none of the images can be read")
-        return list(loaded), torch.stack(list(loaded.values())).to(next(self.network.parameters()).device)
+        channels, height, width = self.images.shape
+        none = torch.empty(0, height, width, channels, dtype=torch.uint8)
+        images = torch.stack(list(loaded.values())) if loaded else none
+        return list(loaded), images.to(next(self.network.parameters()).device)
 
 
 def _open(options: argparse.Namespace) -> _Subject:
@@ -136,15 +142,19 @@ class _Seen:
 
 
 def _look(subject: _Subject, samples: Sequence[int]) -> _Seen:
-    """Those that can be read, in their order."""
+    """Those that can be read, in their order; UserError if none can."""
     parts = []
     for chosen in torch.tensor(samples).split(evaluation_batch(subject.images.shape)):
         kept, images = subject.load(chosen.tolist())
+        if not kept:
+            continue
         logits, features = embed(subject.network, subject.transform.evaluate(images))
         log_probabilities, labels = logits.cpu().double().log_softmax(1), subject.images.labels[kept]
         best, predicted = log_probabilities.max(1)
         losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
         parts.append((torch.tensor(kept), labels, predicted, best.exp(), losses, features.cpu().double()))
+    if not parts:
+        raise UserError(_NONE_READABLE)
     return _Seen(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 

@@ -32,6 +32,7 @@ def map_sizes(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
     """Height and width of each layer's maps, by name, in the order in which the layers are done.
 
     They have the shape of the images (N, C, H, W) up to a pixel: what is held with channels last for a while has not.
+    And there is one of each image: not of windows that it was cut into.
     """
     sizes: dict[str, tuple[int, int]] = {}
     tall, wide = images.shape[2:]
@@ -39,7 +40,9 @@ def map_sizes(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
         model(images)
     for name, output in outputs.items():
         maps = as_maps(model, model.get_submodule(name), output)
-        if maps is not None and abs(maps.shape[2] * wide - maps.shape[3] * tall) <= max(tall, wide):
+        if maps is None or len(maps) != len(images):
+            continue
+        if abs(maps.shape[2] * wide - maps.shape[3] * tall) <= max(tall, wide):
             sizes[name] = (maps.shape[2], maps.shape[3])
     return sizes
 
