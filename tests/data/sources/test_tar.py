@@ -92,6 +92,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     [
         ("set", {"train": [1, 2, 3, 4, 1, 2, 3, 4], "test": [1, 2, 3, 4]}),
         ("set/train-{00..01}.tar", {"train": [1, 2, 3, 4, 1, 2, 3, 4]}),
+        ("set/train-{1..00}.tar", {"train": [1, 2, 3, 4, 1, 2, 3, 4]}),
         ("set/{train,test}-00.tar", {"train": [1, 2, 3, 4], "test": [1, 2, 3, 4]}),
         ("set/train-*1.tar", {"train": [1, 2, 3, 4]}),
         ("set/test-00.tar", None),
@@ -110,6 +111,19 @@ def test_splits_are_words_in_names(
     source = open_source(replace(config, source=f"tar:{tmp_path}/{name}"))
     own = {split: greys(source, split) for split in source.splits if split in expected}
     assert own == expected and set(source.splits) <= {*expected, "test"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{9..11}", ["9", "10", "11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{00..100}", [f"{number:03d}" for number in range(101)]),
+        ("{2..1}{a,b}", ["2a", "2b", "1a", "1b"]),
+    ],
+)
+def test_braces_mean_what_they_mean_to_bash(pattern: str, expected: list[str]) -> None:
+    assert tar_source._written_out(pattern) == expected
 
 
 def test_labels_and_images_by_other_names(tmp_path: Path, config: DataConfig) -> None:
@@ -137,6 +151,7 @@ def test_labels_and_images_by_other_names(tmp_path: Path, config: DataConfig) ->
         ([*FOUR, ("e.png", png(5)), ("e.cls", " ")], r"0.tar: e.png has no label"),
         ([*FOUR, ("e.png", png(5)), ("e.json", '{"label": 1.5}')], r"0.tar: e.png has no label"),
         ([*FOUR, ("e.png", png(5)), ("e.json", '{"label"')], r"0.tar: e.json cannot be read"),
+        ([*FOUR, ("e.png", png(5)), ("e.json", r'{"label": "\ud800"}')], r"0.tar: e.json cannot be read"),
         ([*FOUR, ("e.png", png(5)), ("e.cls", b"\xff")], r"0.tar: e.cls cannot be read"),
         ([*FOUR, ("e.png", png(5)), ("e.cls", "-1")], r"0.tar: e.png: label -1 lies outside 0..1"),
         ([*FOUR, ("e.png", png(5)), ("e.cls", "99")], r"label 99 of 5 images: name all classes in classes.txt"),

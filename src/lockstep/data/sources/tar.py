@@ -139,14 +139,17 @@ def _find_shards(name: str, config: DataConfig) -> tuple[Path, list[Path]]:
 
 
 def _written_out(pattern: str) -> list[str]:
-    """`{000..012}` and `{train,val}` as a shell expands them."""
+    """`{000..012}` and `{train,val}` as bash expands them: to one width if a number begins with 0, or downwards."""
     braces = re.search(r"\{([^{}]+)\}", pattern)
     if braces is None:
         return [pattern]
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     options = braces[1].split(",")
     if ends is not None:
-        options = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+        first, last = int(ends[1]), int(ends[2])
+        step = 1 if first <= last else -1
+        width = max(map(len, ends.groups())) if re.match(r"0\d", ends[1]) or re.match(r"0\d", ends[2]) else 0
+        options = [f"{number:0{width}d}" for number in range(first, last + step, step)]
     filled = [f"{pattern[: braces.start()]}{option}{pattern[braces.end() :]}" for option in options]
     return [path for text in filled for path in _written_out(text)]
 

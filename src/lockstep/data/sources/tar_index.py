@@ -191,7 +191,8 @@ def _label_of(files: Mapping[str, _File], archive: tarfile.TarFile, path: Path, 
         if column.lower() in files:
             return content.decode().strip()
         described = json.loads(content)
+        value = described.get(config.label_column or "label") if isinstance(described, dict) else None
+        str(value).encode()  # JSON can hold what is no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {file.name} cannot be read ({first_line(error)}): correct it") from error
-    value = described.get(config.label_column or "label") if isinstance(described, dict) else None
     return str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else None
