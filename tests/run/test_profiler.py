@@ -45,6 +45,17 @@ def test_a_table_says_what_took_the_time_of_those_steps(tmp_path: Path, capsys: 
     assert "profiled 6 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("steps", "said"), [(14, "steps 10 to 15 of a start: this one had fewer"), (15, "")])
+def test_too_few_steps_are_told(steps: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiler = Profiler(RuntimeConfig(profile=True), tmp_path, MAIN)
+    for _ in range(steps):
+        profiler.step()
+    capsys.readouterr()
+    profiler.close()
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said) != bool(list(tmp_path.glob("profile/*.json")))
+
+
 def test_nothing_is_traced_without_being_asked_or_elsewhere(tmp_path: Path) -> None:
     assert run_steps(RuntimeConfig(), tmp_path, MAIN) == []
     assert run_steps(RuntimeConfig(profile=True), tmp_path, replace(MAIN, process_index=1)) == []

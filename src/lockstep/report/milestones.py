@@ -123,6 +123,7 @@ def save(t: Training, *, is_best: bool) -> None:
 
 def pause(t: Training) -> int:
     """Save and close a run that was asked to stop; returns the exit code."""
+    t.profiler.close()
     save(t, is_best=False)
     t.checkpointer.wait(must_succeed=True)
     return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
@@ -130,6 +131,7 @@ def pause(t: Training) -> int:
 
 def finish(t: Training) -> int:
     """Test the best weights and close the run; returns the exit code."""
+    t.profiler.close()
     require_same_weights(t, int(digest(t.learner.model, t.learner.average)))
     if t.meter.read(t.progress).bad_steps.total == t.progress.step:  # fewer than max_bad_steps, but all there were
         t.checkpointer.wait()

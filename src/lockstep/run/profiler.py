@@ -11,7 +11,7 @@ from lockstep.launch.accelerator import Launch
 from lockstep.settings.config import RuntimeConfig
 
 TABLE = "operations.md"
-_ACTIVE_STEPS = 6
+_QUIET_STEPS, _ACTIVE_STEPS = 9, 6
 _ROWS = 25
 
 
@@ -22,12 +22,12 @@ class Profiler:
     """
 
     def __init__(self, config: RuntimeConfig, run_dir: Path, launch: Launch) -> None:
-        self._profile = None
+        self._profile, self._has_written = None, False
         self._folder, self._launch = run_dir / "profile", launch
         if config.profile and launch.is_main:
             # torch 2.11 tells of later cycles, of which there are none.
             warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)
-            schedule = torch.profiler.schedule(wait=8, warmup=1, active=_ACTIVE_STEPS, repeat=1)
+            schedule = torch.profiler.schedule(wait=_QUIET_STEPS - 1, warmup=1, active=_ACTIVE_STEPS, repeat=1)
             self._profile = profile(schedule=schedule, on_trace_ready=self._write)
             self._profile.start()
 
@@ -36,10 +36,17 @@ class Profiler:
         if self._profile is not None:
             self._profile.step()
 
+    def close(self) -> None:
+        """Call when training ends: without a trace, it says why there is none."""
+        if self._profile is not None and not self._has_written:
+            first, last = _QUIET_STEPS + 1, _QUIET_STEPS + _ACTIVE_STEPS
+            self._launch.say(f"note: --runtime.profile looks at steps {first} to {last} of a start: this one had fewer")
+
     def _write(self, done: profile) -> None:
         torch.profiler.tensorboard_trace_handler(str(self._folder))(done)
         table = operations_table(done, _ACTIVE_STEPS)
         replace_file(self._folder / TABLE, table.encode())
+        self._has_written = True
         self._launch.say(f"profiled {_ACTIVE_STEPS} steps into {self._folder}; most of their time:\n{_head(table)}")
 
 
