@@ -1,16 +1,10 @@
 """The doctor finds what would stop or spoil a long job, names the remedy, and leaves nothing behind."""
 
-import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +15,9 @@ from programs import LAUNCHER, finish, free_port, launch_command, start
 
 from lockstep.__main__ import main as lockstep
 from lockstep.commands import doctor
-from lockstep.commands.doctor import CHECKS, Finding, Parts, combine
-from lockstep.launch.accelerator import Launch
+from lockstep.commands.doctor import CHECKS
 from lockstep.run.folder import Run
 from lockstep.settings.cli import parse_config
-from lockstep.settings.config import Config, RuntimeConfig, TrainConfig
 
 MLP = ("--model.name=mlp", "--model.dropout=null", "--log.wandb=disabled")
 SMALL = ("--train.batch_size=8", "--train.micro_batch_size=4")
@@ -96,7 +88,7 @@ def test_a_good_setup_passes_and_leaves_nothing_behind(examine: Doctor) -> None:
 def test_fp32_where_bf16_is_fast_is_a_warning(
     fast: bool, status: str, examine: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "has_fast_bf16", lambda on_cpu: fast)  # no machine has and lacks it
+    monkeypatch.setattr("lockstep.checks.launch.has_fast_bf16", lambda on_cpu: fast)  # no machine has and lacks it
     assert examine()[1]["launch"][0] == status
 
 
@@ -203,22 +195,6 @@ def test_too_many_threads_and_workers(examine: Doctor, all_cores: set[int]) -> N
     )
 
 
-def test_a_batch_that_does_not_fit_the_processes_and_processes_that_do_not_fit_the_cores() -> None:
-    cores = len(os.sched_getaffinity(0))
-    many = Launch(torch.device("cpu"), cores + 1, 0, 0, "no", 1)
-    parts = Parts(Config(train=TrainConfig(batch_size=8 * (cores + 1) + 1)), launch=many)
-    with pytest.raises(ValueError, match="is not a multiple"):
-        doctor.check_batch(parts)
-    assert f"{cores + 1} processes share {cores} cores" in doctor.check_cores(parts).text
-
-
-def test_a_microbatch_is_proposed_where_it_is_left_open() -> None:
-    train = TrainConfig(batch_size=256, micro_batch_size=None)
-    found = doctor.check_batch(Parts(Config(train=train), launch=Launch(torch.device("cpu"), 4, 0, 0, "no", 1)))
-    assert found.status == "warning" and "4 microbatches of 64" in found.text
-    assert "with --train.micro_batch_size=32, any number up to 8 trains the same" in found.text
-
-
 def test_a_taken_port_is_a_warning_for_one_process(examine: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     assert examine()[1]["port"][0] == "ok"
@@ -228,14 +204,6 @@ def test_a_taken_port_is_a_warning_for_one_process(examine: Doctor, monkeypatch:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         code, found = examine()
     assert (code, found["port"][0]) == (0, "warning") and "--main_process_port" in found["port"][1]
-
-
-@pytest.mark.parametrize("value", ["", "x", "-1", "99999"])
-def test_what_is_no_port_is_a_warning_for_one_process(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("MASTER_PORT", value)
-    found = doctor.check_port(Parts(Config()))
-    assert found and found.status == "warning" and found.text.startswith(f"MASTER_PORT={value!r} in the environment is")
 
 
 @pytest.mark.parametrize(("variable", "value"), [("LOCAL_RANK", "x"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")])
@@ -313,8 +281,8 @@ def test_a_lonely_launch_is_found_out(tmp_path: Path) -> None:
 
 
 def as_rank_0_of_2(tmp_path: Path, port: int) -> tuple[subprocess.CompletedProcess[str], float]:
-    program = "import sys; from lockstep.commands import doctor; doctor.CONNECT_SECONDS = 2; "
-    program += f"sys.exit(doctor.main({list(MLP)}))"
+    program = "import sys; from lockstep.checks import launch; launch.CONNECT_SECONDS = 2; "
+    program += f"from lockstep.commands.doctor import main; sys.exit(main({list(MLP)}))"
     surroundings = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     surroundings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     started = time.monotonic()
@@ -344,117 +312,3 @@ def test_a_taken_port_stops_two_processes(tmp_path: Path) -> None:
     assert f"port 127.0.0.1:{port} on the main process is taken: " in found["launch"][1]
     assert "--main_process_port" in found["launch"][1]
     assert statuses(found, "port", "data") == ["skipped", "ok"]
-
-
-def test_a_wrong_sum_fails(fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that takes part with another number of partners than it believes gets another sum."""
-    from lockstep.launch.accelerator import build_accelerator
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    accelerator, _ = build_accelerator(RuntimeConfig())
-    believed = Launch(torch.device("cpu"), 2, 0, 0, "no", 1)
-    finding = doctor.check_all_reduce(Parts(Config(), accelerator, believed))
-    assert finding and finding.status == "failed" and "came to 1 instead of 3" in finding.text
-
-
-def test_findings_of_several_ranks_become_one() -> None:
-    good, bad, worse = Finding("ok", "fine"), Finding("warning", "full"), Finding("failed", "gone")
-    assert combine([good, Finding("ok", "fine too")]) == good
-    assert combine([bad, bad]) == bad
-    assert combine([good, bad, bad]) == Finding("warning", "ranks 1, 2: full")
-    both = combine([bad, worse, Finding("failed", "away"), worse])
-    assert both == Finding("failed", "ranks 1, 3: gone; rank 2: away")
-    assert combine([bad, None, None]) == bad, "a check of the main process alone names no rank"
-    assert combine([None, None]) is None
-
-
-# ---- W&B
-
-
-@pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without W&B login; everything W&B writes stays in tmp_path, and a prompt would fail."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.chdir(tmp_path)
-
-
-def ask_wandb(mode: str) -> Finding:
-    finding = doctor.check_wandb(Parts(parse_config([f"--log.wandb={mode}"])))
-    assert finding is not None
-    return finding
-
-
-@pytest.mark.parametrize(
-    ("mode", "status", "text"),
-    [
-        ("auto", "ok", "no API key: the run will be logged offline"),
-        ("online", "warning", "no API key: the run will be logged offline"),
-        ("offline", "ok", "offline by --log.wandb=offline"),
-        ("disabled", "ok", "disabled by --log.wandb"),
-    ],
-)
-def test_wandb_without_a_login(mode: str, status: str, text: str, wandb_home: None, tmp_path: Path) -> None:
-    finding = ask_wandb(mode)
-    assert finding.status == status and finding.text.startswith(text)
-    assert not (tmp_path / "wandb").exists()
-
-
-def test_wandb_mode_of_the_environment(wandb_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert ask_wandb("auto") == Finding("ok", "disabled by the environment or `wandb offline`")
-
-
-def test_an_unreachable_wandb_server_is_a_quick_warning(wandb_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "WANDB_SECONDS", 2)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # discard: nobody listens
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    started = time.monotonic()
-    finding = ask_wandb("auto")
-    assert finding.status == "warning" and "will be logged offline" in finding.text
-    assert time.monotonic() - started < 20
-
-
-def test_a_process_of_wandb_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "WANDB_SECONDS", 0.2)
-    stubborn = tmp_path / "wandb-stubborn"
-    shutil.copy(str(shutil.which("sleep")), stubborn)
-    process = subprocess.Popen([str(stubborn), "60"])
-    doctor._end_wandb(process.wait)
-    assert process.wait(5) == -signal.SIGKILL
-
-
-class _WandbServer(BaseHTTPRequestHandler):
-    """Answers one question of W&B: who is asking."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        user = {"id": "1", "username": "ada", "entity": "ada", "flags": "{}", "teams": {"edges": []}, "admin": False}
-        user |= {"apiKeys": {"edges": []}, "email": "ada@example.org", "name": "ada", "deletedAt": None}
-        answer = json.dumps({"data": {"viewer": user}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *arguments: object) -> None:
-        """Silent."""
-
-
-def test_wandb_online(wandb_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = HTTPServer(("127.0.0.1", 0), _WandbServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    try:
-        finding = ask_wandb("auto")
-    finally:
-        server.shutdown()
-        server.server_close()
-    expected = f"online at http://127.0.0.1:{server.server_port} as ada, project lockstep"
-    assert finding == Finding("ok", expected)
