@@ -85,6 +85,7 @@ def test_a_run_without_an_epoch_is_not_judged() -> None:
 
 def test_a_few_steps_are_too_few_for_a_loss_to_fall() -> None:
     assert found(history([2.3]), replace(HEALTHY, moved=0.003)) == []
+    assert found(history([2.3]), replace(HEALTHY, gradients={"first": 1e-9, "last": 1.0})) == []
     assert the_one(history([2.3, 2.3])).sign == "loss does not fall"
     assert the_one(history([math.nan])).sign == "exploding gradients"
 

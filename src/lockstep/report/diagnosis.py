@@ -175,8 +175,8 @@ class Evidence:
 
     @property
     def learns_little(self) -> bool:
-        """Whether the training loss ended nearer to guessing than to none."""
-        return not self.left_to_learn < 0.5
+        """Whether the training loss ended nearer to guessing than to none, though it had the steps."""
+        return not (self.left_to_learn < 0.5 or self.is_short)
 
     @property
     def left_to_learn(self) -> float:
@@ -329,7 +329,7 @@ def _rate_too_high(e: Evidence) -> Finding | None:
 
 def _rate_too_low(e: Evidence) -> Finding | None:
     moved = e.probe.moved if e.probe else None
-    if moved is None or not moved <= 0.02 or not e.learns_little or e.is_short:
+    if moved is None or not moved <= 0.02 or not e.learns_little:
         return None
     where = f"the weights moved by {moved:.1%} of their size in all of training, and {e.course}"
     return Finding("learning rate too low", where, e.scaled_lr(10))
