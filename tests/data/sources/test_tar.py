@@ -156,6 +156,7 @@ def test_labels_and_images_by_other_names(tmp_path: Path, config: DataConfig) ->
         ([*FOUR, ("e.png", png(5)), ("e.cls", "-1")], r"0.tar: e.png: label -1 lies outside 0..1"),
         ([*FOUR, ("e.png", png(5)), ("e.cls", "99")], r"label 99 of 5 images: name all classes in classes.txt"),
         ([*FOUR, ("e.png", png(5)), ("e.cls", "a\nb")], r"0.tar: e.png: label 'a\\nb' is no class of train"),
+        ([*FOUR, ("e.png", png(5)), ("e.cls", "x" * 1001)], r"0.tar: e.png has a label of more than 1000 bytes"),
         ([*FOUR, ("a.png", png(5))], r"0.tar: a.png is there twice"),
         ([*FOUR, ("a.jpg", png(5))], r"a.png and a.jpg are one sample: set --data.image_column"),
         (

@@ -26,6 +26,8 @@ _THREADS = 16
 """That read shards: a network disk answers many questions at once as fast as one"""
 _LABEL_BYTES = 1 << 20
 """Of a file that holds a label, more are not read"""
+_LONGEST_LABEL = 1000
+"""Bytes: the index has room for the longest one at every sample"""
 _DAMAGE = (OSError, tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError)
 """What a damaged file may end in"""
 
@@ -137,6 +139,8 @@ def _samples(path: Path, config: DataConfig) -> Iterator[tuple[_File, str]]:
         for files in samples.values():
             image, first = _image_of(files, path, config), next(iter(files.values()))
             label = _label_of(files, archive, path, config)
+            if label and len(label.encode()) > _LONGEST_LABEL:
+                raise UserError(f"{path}: {first.name} has a label of more than {_LONGEST_LABEL} bytes: shorten it")
             if label:
                 yield image or first._replace(size=-1), label
             elif image is not None:
