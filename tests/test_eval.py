@@ -96,7 +96,11 @@ def test_other_data_with_some_of_the_classes_are_matched_by_name(evaluate_here: 
 
 
 def test_published_weights_are_evaluated_as_they_were_trained(
-    evaluate_here: Any, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate_here: Any,
+    tmp_path: Path,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import timm
 
@@ -121,6 +125,8 @@ def test_published_weights_are_evaluated_as_they_were_trained(
     first = data.test.load(0).permute(2, 0, 1)[None] / 255
     pixels = (first - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     assert found["probabilities"][0] == pytest.approx(networks[10](pixels).softmax(1)[0].tolist(), abs=1e-5)
+    evaluate("--model.checkpoint=hf_hub:me/of_10", "--split=train")
+    assert notes_of(capsys.readouterr().out) == [], "no run was trained on these images"
     with pytest.raises(UserError, match="are for 1000 classes, and the data have 10"):
         evaluate("--model.checkpoint=hf_hub:me/of_1000")
     with pytest.raises(UserError, match="new first layer for images of 64x64: set --model.stem=imagenet"):

@@ -41,6 +41,7 @@ def test_every_number_is_printed_and_written(
     written = json.loads((tmp_path / "metrics_test.json").read_text())
     assert written["metrics"] == {**rows.headline(), **scores(rows)}
     assert (written["samples"], written["how"]) == (359, "fp32, 1 process")
+    assert written["data"] == "embedded:digits" and "test split of embedded:digits: 359 samples" in printed
     assert [row["class"] for row in written["classes"]] == [str(number) for number in range(12)]
     assert sum(row["support"] for row in written["classes"]) == 359
     assert written["means"]["macro"]["recall"] == pytest.approx(np.mean([row["recall"] for row in written["classes"]]))

@@ -338,6 +338,8 @@ def test_the_average_of_the_weights_or_the_weights_themselves(trained: Path, ref
     (best / "ema.safetensors").touch()
     assert evaluation("--run", str(trained), "--ema=true").checkpoint == best / "ema.safetensors"
     assert evaluation("--run", str(trained)).checkpoint == best
+    file = f"--checkpoint={best}/ema.safetensors"
+    assert "chooses a file of a" in refusal("--run", str(trained), file, "--ema=false", parse=parse_evaluation)
 
 
 def test_published_weights_are_evaluated_without_a_run() -> None:
@@ -346,6 +348,13 @@ def test_published_weights_are_evaluated_without_a_run() -> None:
     assert request.checkpoint is None and request.split == "val" and request.config.augment.from_pretrained
     assert request.folder.parent == Path("runs") and request.folder.name.startswith("resnet18-")
     assert request.folder != evaluation(*flags, "--model.drop_path=0.1").folder
+
+
+def test_what_published_weights_do_not_have_is_refused(trained: Path, refusal: Refusal) -> None:
+    flags = ("--model.name=timm/resnet18", "--model.pretrained=true", "--ema=true")
+    assert "no average" in refusal(*flags, parse=parse_evaluation)
+    for place in (trained, trained / "checkpoints" / "best"):  # whose classes and normalisation would be others
+        assert "give --run runs/NAME" in refusal(f"--model.checkpoint={place}", parse=parse_evaluation)
 
 
 def test_one_setting_can_be_changed_for_an_evaluation(trained: Path) -> None:

@@ -50,7 +50,7 @@ class Evaluated:
 def report_evaluation(e: Evaluated, how: str) -> None:
     """Print and write everything; `how`: precision and processes, in words. For the main process."""
     rows = e.predictions
-    print_line(f"{e.weights}, {e.split} split: {len(rows.samples)} samples, {how}")
+    print_line(f"{e.weights}, {e.split} split of {e.config.data.source}: {len(rows.samples)} samples, {how}")
     print_line(f"accuracy {rows.accuracy!r} ({rows.accuracy:.2%})  loss {rows.loss!r}")
     print_line(class_table(rows, e.data))
     metrics = metrics_of(e)
@@ -75,6 +75,7 @@ def metrics_of(e: Evaluated) -> dict[str, Any]:
     columns = {"class": class_names(e.data), **per_class}
     found: dict[str, Any] = {
         "checkpoint": e.weights if e.checkpoint is None else str(e.checkpoint.resolve()),
+        "data": e.config.data.source,
         "split": e.split,
         "samples": len(rows.samples),
         "metrics": {**rows.headline(), **scores(rows)},

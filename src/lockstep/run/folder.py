@@ -141,8 +141,8 @@ class Run:
 
 
 def has_source(path: Path, config: Config) -> bool:
-    """Whether a run folder is of these data, by the name of their source; one without settings is of any."""
-    return not (path / "config.yaml").is_file() or config.data.source == load_config(path / "config.yaml").data.source
+    """Whether a run was trained on these data, by the name of their source; not where there is no run."""
+    return (path / "config.yaml").is_file() and config.data.source == load_config(path / "config.yaml").data.source
 
 
 def difference_of_data(path: Path, config: Config, identity: Identity) -> str | None:

@@ -135,9 +135,10 @@ def open_data(folder: Path, config: Config, launch: Launch, split: str | None = 
 
     if trained is not None:
         config = replace(config, data=replace(config.data, num_classes=trained.num_classes))
-    drawn_in = folder if has_source(folder, config) else None  # other data have no split there
+    is_own = has_source(folder, config)
+    drawn_in = folder if is_own else None  # other data have no split there
     data, notes = as_trained(build_data(config, drawn_in, write=False, accept=accept), trained, config.augment)
-    for note in notes + describe_split(data, split):
+    for note in notes + (describe_split(data, split) if is_own else []):
         launch.say(note)
     return data
 

@@ -245,6 +245,11 @@ def _of_published_weights(known: argparse.Namespace, overrides: list[str]) -> Ev
             "which run? Give --run runs/NAME, --checkpoint with a path, or --model.name=timm/NAME "
             "--model.pretrained=true --data.source=SOURCE"
         )
+    if (path_of(str(config.model.checkpoint)) / "config.yaml").is_file():
+        place = config.model.checkpoint
+        raise UsageError(f"{place} is of a run, which knows its classes and normalisation: give --run runs/NAME")
+    if known.ema is not None:
+        raise UsageError(f"--ema={known.ema}: published weights have no average beside them: remove it")
     name = config.model.name.removeprefix("timm/")
     if name != config.model.name:
         config = replace(config, augment=replace(config.augment, from_pretrained=True))
@@ -254,8 +259,10 @@ def _of_published_weights(known: argparse.Namespace, overrides: list[str]) -> Ev
 
 def _with_or_without_average(checkpoint: Path, wanted: str | None) -> Path:
     """The file that holds the wanted weights; the checkpoint itself, which stands for its best, if none are named."""
-    if wanted is None or not checkpoint.is_dir():
+    if wanted is None:
         return checkpoint
+    if not checkpoint.is_dir():
+        raise UsageError(f"--ema={wanted} chooses a file of a checkpoint folder, and {checkpoint} is a file: remove it")
     file = checkpoint / ("ema.safetensors" if wanted == "true" else "model.safetensors")
     if not file.is_file():
         raise UsageError(f"--ema={wanted}: there is no {file} (train.ema_decay makes an average)")
