@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lockstep.commands import explain
 from lockstep.commands.explain import _examples, _look, _open, _parser, _Seen, _with_more_of, main
@@ -61,6 +61,17 @@ def test_a_network_without_maps_has_kernels_as_large_as_images(
     assert main([str(run), "--split=val"]) == 0
     assert "no layer of this network puts out maps" in capsys.readouterr().out
     assert sorted(path.name for path in (run / "figures").iterdir()) == ["embedding.png", "filters.png"]
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_a_broken_network_has_no_map_of_features(
+    factor: float, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explanation, "tsne", lambda _: pytest.fail("it dies of them, with equal ones by a signal"))
+    best = run / "checkpoints" / "best"
+    save_file({name: factor * value for name, value in load_file(best).items() if value.is_floating_point()}, best)
+    assert main([str(run), "--images=1"]) == 0
+    assert "features are not finite, or all the same" in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_one_line(run: Path) -> None:

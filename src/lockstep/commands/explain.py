@@ -224,6 +224,9 @@ def _draw_embedding(subject: _Subject, seen: _Seen) -> None:
         seen = _look(subject, _with_more_of(chosen, seen, subject.images))
     if len(seen.labels) < _LEAST_POINTS:
         return
+    if not np.isfinite(seen.features).all() or not np.ptp(seen.features, axis=0).any():
+        print_line("no map of the images: their features are not finite, or all the same")  # where t-SNE may crash
+        return
     path = subject.figures / "embedding.png"
     points = explanation.tsne(seen.features)
     explanation.plot_embedding(points, seen.labels, seen.is_right, {int(c): names[c] for c in chosen}, path)
