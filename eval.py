@@ -38,6 +38,7 @@ from lockstep.launch.accelerator import Launch, build_accelerator, end_program
 from lockstep.models.network import load_network, with_pretrained_input
 from lockstep.report.evaluation import Evaluated, report_evaluation
 from lockstep.report.loose_images import LoosePredictions, report_images
+from lockstep.run.folder import results_folder
 from lockstep.run.inputs import NetworkInput, input_of, loose_differences, open_data, read_input
 from lockstep.settings.cli import Evaluation
 
@@ -52,6 +53,8 @@ def load_model(request: Evaluation, accelerator: Accelerator, launch: Launch, im
 def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch) -> None:
     config = request.config
     data = open_data(request.folder, config, launch, request.split)
+    if request.checkpoint is None:
+        launch.say(f"note: outputs are taken in the order of the classes: {', '.join(data.classes[:3])}, ...")
     model = load_model(request, accelerator, launch, input_of(data))
     transform = build_transform(config, data.mean, data.std, data.num_classes, precropped=False)
 
@@ -72,9 +75,10 @@ def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch
         temperature = request.temperature, "as given"
     images, predictions = judge(request.split)
     if launch.is_main:
-        request.folder.mkdir(parents=True, exist_ok=True)
+        folder = results_folder(request.folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
         how = f"{launch.precision_name}, {launch.num_processes} process{'es' * (launch.num_processes > 1)}"
-        done = Evaluated(config, request.folder, request.checkpoint, request.split, images, data, predictions)
+        done = Evaluated(config, folder, request.checkpoint, request.split, images, data, predictions)
         report_evaluation(replace(done, temperature=temperature), how)
 
 

@@ -28,7 +28,7 @@ import torch
 from lockstep.launch.machine import cpu_model
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH_SIZE, EPOCHS, IMAGES = 256, 4, 2560
+BATCH_SIZE, EPOCHS, IMAGES = 256, 3, 2560
 SETTINGS = (
     f"--train.batch_size={BATCH_SIZE}",
     f"--train.micro_batch_size={BATCH_SIZE}",

@@ -1,5 +1,6 @@
 """The run folder: which run a command means, whether it may go on, and its summary."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ from lockstep.training.schedule import keeps_course
 
 KEPT = ("micro_batch_size", "threads", "data", "origin")
 """What a run has from its first start on: samples of a microbatch, CPU threads, identity of the data, where it began"""
+
+
+_LONGEST = 80
+"""Letters of a source in a folder's name"""
 
 
 class LostFolder(UserError):
@@ -143,6 +148,13 @@ class Run:
 def has_source(path: Path, config: Config) -> bool:
     """Whether a run was trained on these data, by the name of their source; not where there is no run."""
     return (path / "config.yaml").is_file() and config.data.source == load_config(path / "config.yaml").data.source
+
+
+def results_folder(path: Path, config: Config) -> Path:
+    """Where the results of an evaluation go: of a run's own data into its folder, of other data into one within it."""
+    if has_source(path, config) or not (path / "config.yaml").is_file():
+        return path
+    return path / "evaluations" / re.sub(r"[^\w.-]+", "_", config.data.source).strip("_")[-_LONGEST:]
 
 
 def difference_of_data(path: Path, config: Config, identity: Identity) -> str | None:

@@ -251,7 +251,7 @@ def _of_published_weights(known: argparse.Namespace, overrides: list[str]) -> Ev
     if known.ema is not None:
         raise UsageError(f"--ema={known.ema}: published weights have no average beside them: remove it")
     name = config.model.name.removeprefix("timm/")
-    if name != config.model.name:
+    if name != config.model.name and not any(flag.startswith("--augment.from_pretrained") for flag in overrides):
         config = replace(config, augment=replace(config.augment, from_pretrained=True))
     folder = path_of(config.run.root) / f"{name}-{settings_digest(config)}"
     return Evaluation(config, folder, None, known.split, known.temperature, known.images)

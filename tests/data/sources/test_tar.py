@@ -261,6 +261,10 @@ def test_a_shard_that_goes_while_it_is_read_is_no_broken_image(tmp_path: Path, c
     with pytest.raises(UserError, match=r"0.tar: d.png cannot be decoded \(its shard has become shorter\)") as caught:
         open_image(train, 3)
     assert type(caught.value) is UserError
+    write_shard(shard, [("a.png", png(9)), *FOUR[1:]])
+    with pytest.raises(UserError, match=r"0.tar: d.png cannot be decoded \(its shard was changed since the") as caught:
+        open_image(pickle.loads(pickle.dumps(train)), 3)
+    assert type(caught.value) is UserError
     shard.unlink()
     with pytest.raises(UserError, match=r"0.tar: d.png cannot be decoded \(its shard is gone\)") as caught:
         open_image(pickle.loads(pickle.dumps(train)), 3)

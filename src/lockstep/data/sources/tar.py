@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -38,14 +39,30 @@ _MOST_OPEN = 256
 """Shards that a process keeps open: the usual limit is 1,024 files, and data workers need some for images"""
 
 
+class _Shard(NamedTuple):
+    """A file as it was when its headers were read."""
+
+    path: str
+    bytes: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Shard":
+        status = path.stat()
+        return cls(str(path), status.st_size, status.st_mtime_ns)
+
+
 class _Handle:
     """An open file, closed when nobody reads it any longer."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, shard: _Shard) -> None:
         try:
-            self._number = os.open(path, os.O_RDONLY)
+            self._number = os.open(shard.path, os.O_RDONLY)
         except FileNotFoundError as error:  # which for one image would mean that it can be skipped
             raise OSError(errno.EIO, "its shard is gone") from error
+        status = os.fstat(self._number)
+        if (status.st_size, status.st_mtime_ns) != shard[1:]:
+            raise OSError(errno.EIO, "its shard was changed since the start")
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):
@@ -73,7 +90,7 @@ class _OpenShards:
 class _Images:
     """The images of an index."""
 
-    shards: Sequence[str]
+    shards: Sequence[_Shard]
     index: Index
     opened: _OpenShards
 
@@ -89,7 +106,7 @@ class _Images:
         return open_encoded(io.BytesIO(self.read_bytes(row)))
 
     def where(self, row: int) -> str:
-        return f"{self.shards[self.index.shard[row]]}: {os.fsdecode(self.index.name[row])}"
+        return f"{self.shards[self.index.shard[row]].path}: {os.fsdecode(self.index.name[row])}"
 
     def beginnings(self) -> list[bytes]:
         """Of some images; of one that is missing, which is told when it is needed, none."""
@@ -106,7 +123,7 @@ def open_tar(name: str, config: DataConfig) -> Source:
     content: list[bytes | np.ndarray] = []
     for split, shards in _by_split(root, found).items():
         index, fingerprint = open_index(shards, config)
-        images[split] = _Images([str(path) for path in shards], index, opened)
+        images[split] = _Images([_Shard.of(path) for path in shards], index, opened)
         fingerprints += [split.encode(), fingerprint.encode()]
         content += [split.encode(), index.name, index.size, index.label, *images[split].beginnings()]
     classes, labels = _classes(root, images)
