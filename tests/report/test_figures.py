@@ -58,7 +58,7 @@ def test_curves_have_three_panels_over_fractional_epochs(tmp_path: Path) -> None
     assert (test.get_xdata()[0], test.get_ydata()[0]) == pytest.approx((3, 0.123))
     assert "100 %" in [label.get_text() for label in accuracy.get_yticklabels()]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["train", "val", "test 96.1 %"]
-    assert len(lr.lines) == 1
+    assert len(lr.lines) == 1 and lr.get_ylim()[0] == 0
 
 
 def test_curves_of_a_run_that_stopped_within_an_epoch(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> "Figure":
         accuracy, "Accuracy", {split: curve(history, split, "accuracy") for split in SPLIT_COLORS}, percent=True
     )
     _draw_metric(lr, "Learning rate", {"train": curve(history, "train", "lr")})
+    lr.set_ylim(bottom=0)  # a constant one is no zoom into nothing
     return save(figure, path)
 
 
