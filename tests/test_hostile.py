@@ -304,7 +304,7 @@ SURROUNDINGS: dict[str, tuple[dict[str, str], str | None]] = {
     "a port below zero": (TOGETHER | {"MASTER_PORT": "-5"}, "MASTER_PORT='-5'"),
     "a port beyond all": (TOGETHER | {"MASTER_PORT": "99999"}, "do not go together"),
     "a rank beyond all": (TOGETHER | {"RANK": "2"}, "do not go together"),
-    "no local processes": ({"LOCAL_WORLD_SIZE": "0"}, GOES_ON),
+    "no local processes": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment"),
     "local processes of words": ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE='many'"),
     "cores of words": ({"SLURM_CPUS_PER_TASK": "many"}, GOES_ON),
     "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "would divide every gradient"),
