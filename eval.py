@@ -76,7 +76,6 @@ def evaluate_split(request: Evaluation, accelerator: Accelerator, launch: Launch
     images, predictions = judge(request.split)
     if launch.is_main:
         folder = results_folder(request.folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
         how = f"{launch.precision_name}, {launch.num_processes} process{'es' * (launch.num_processes > 1)}"
         done = Evaluated(config, folder, request.checkpoint, request.split, images, data, predictions)
         report_evaluation(replace(done, temperature=temperature), how)

@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from lockstep.launch.accelerator import Launch
-from lockstep.run.profiler import Profiler
+from lockstep.run.profiler import Profiler, operations_table
 from lockstep.settings.config import RuntimeConfig
 
 MAIN = Launch(torch.device("cpu"), 2, 0, 0, "no", 1)
@@ -54,6 +57,21 @@ def test_too_few_steps_are_told(steps: int, said: str, tmp_path: Path, capsys: p
     profiler.close()
     out = capsys.readouterr().out
     assert said in out and bool(out) == bool(said) != bool(list(tmp_path.glob("profile/*.json")))
+
+
+def test_a_kernel_counts_with_its_operation_and_not_once_more() -> None:
+    """As a GPU's profile has it: the operation with the time of its kernels, and the kernels beside it."""
+    event = {"self_cpu_time_total": 5.0, "count": 6, "is_user_annotation": False}
+    events = [
+        SimpleNamespace(key="aten::mm", device_type=DeviceType.CPU, self_device_time_total=900.0, **event),
+        SimpleNamespace(key="aten::add", device_type=DeviceType.CPU, self_device_time_total=100.0, **event),
+        SimpleNamespace(key="gemm_kernel", device_type=DeviceType.CUDA, self_device_time_total=900.0, **event),
+    ]
+    done: Any = SimpleNamespace(key_averages=lambda: events)
+    assert operations_table(done, 6).splitlines()[2:] == [
+        "| aten::mm | 90.0% | 0.15 | 1 |",
+        "| aten::add | 10.0% | 0.02 | 1 |",
+    ]
 
 
 def test_nothing_is_traced_without_being_asked_or_elsewhere(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from lockstep.files import replace_file
@@ -55,7 +56,8 @@ def operations_table(done: profile, steps: int) -> str:
 
     Times are those of an operation itself, without others that it calls.
     """
-    events = done.key_averages()
+    # A kernel of a GPU is an event, too, beside the operation that it is counted with.
+    events = [event for event in done.key_averages() if event.device_type == DeviceType.CPU]
     on_device = any(event.self_device_time_total for event in events)
     times = {
         event.key: (event.self_device_time_total if on_device else event.self_cpu_time_total, event.count)
