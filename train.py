@@ -152,17 +152,17 @@ def fit(t: Training) -> int:
             t.statistics.collect(number)
             t.meter.add(number, losses, logits, targets)
 
-        gradient_norm = finish_gradients(learner.accelerator, learner.model, config.optim)
-        bad = ~gradient_norm.isfinite()  # on the device, the same on all processes; the host does not wait for it
+        # On the device, and the same on all processes; the host does not wait for them.
+        gradient_norm, bad = finish_gradients(learner.accelerator, learner.parameters, config.optim)
         due = calendar.after(step + 1)
         if due.histograms:
             t.tracker.histograms(step + 1, histograms_of(learner.model))
         update(learner.optimizer, bad)
-        learner.optimizer.zero_grad()
+        learner.optimizer.optimizer.zero_grad()
         t.statistics.commit(bad)
         t.meter.finish_step(bad)
         if learner.average:
-            learner.average.update(learner.model, step + 1)
+            learner.average.update(step + 1)
         progress.step = step + 1
         t.tracker.advance(progress.step)
         t.profiler.step()

@@ -85,7 +85,7 @@ class Parts:
             self.model(images).logsumexp(1).sum().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.average.update(self.model, step + 1)
+            self.average.update(step + 1)
 
     def state(self) -> dict[str, Tensor]:
         slots = self.optimizer.state_dict()["state"]

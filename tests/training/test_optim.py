@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 
 import pytest
 import timm
@@ -215,7 +216,8 @@ def test_gradients_are_clipped_as_in_timm(mode: str, bound: float) -> None:
     for model in (mine, theirs, free):
         torch.manual_seed(2)
         model(torch.randn(8, 1, 4, 4, dtype=torch.float64)).square().mean().backward()
-    norm = finish_gradients(Accelerator(cpu=True), mine, OptimConfig(clip_norm=bound, clip_mode=mode))
+    config = OptimConfig(clip_norm=bound, clip_mode=mode)
+    norm, bad = finish_gradients(Accelerator(cpu=True), dict(mine.named_parameters()), config)
     # timm's train script keeps the last layer out of adaptive clipping
     parameters = list(theirs.parameters())[: -2 if mode == "agc" else None]
     timm.utils.dispatch_clip_grad(parameters, bound, mode=mode)
@@ -224,6 +226,18 @@ def test_gradients_are_clipped_as_in_timm(mode: str, bound: float) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
     assert any(not torch.equal(one, other) for one, other in zip(gradients[0], gradients[2], strict=True))
     torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(gradients[2]))
+    assert not bad
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_told(value: float) -> None:
+    model = network()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parameters = dict(model.named_parameters())
+    assert not finish_gradients(Accelerator(cpu=True), parameters, OptimConfig())[1]
+    model[0].weight.grad[0] = value
+    assert finish_gradients(Accelerator(cpu=True), parameters, OptimConfig())[1]
 
 
 def test_a_wrong_number_of_betas_is_refused() -> None:

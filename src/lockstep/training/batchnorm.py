@@ -46,7 +46,7 @@ class RunningStatistics:
         self._sums: Subtrees[Tensor] = Subtrees(leaves, add_to_right)
         self._buffers: list[Tensor] = []
         self._counters: list[Tensor] = []
-        self._momenta: list[float] = []
+        momenta: list[Tensor] = []
         for name, layer in model.named_modules():
             if not isinstance(layer, _BatchNorm) or not layer.track_running_stats or is_frozen(layer):
                 continue
@@ -54,22 +54,25 @@ class RunningStatistics:
                 raise UserError(f"batch norm {name} averages over all steps (momentum None): give it a momentum")
             assert layer.running_mean is not None and layer.running_var is not None
             self._buffers += [layer.running_mean, layer.running_var]
-            self._momenta += [layer.momentum] * 2
+            momenta += [torch.full_like(buffer, layer.momentum) for buffer in self._buffers[-2:]]
             if layer.num_batches_tracked is not None:
                 self._counters.append(layer.num_batches_tracked)
             layer.momentum = 1.0
-        self.reload()
+        if self._buffers:
+            self._momenta = torch.cat(momenta)
+            self.reload()
 
     def reload(self) -> None:
         """Take what the buffers hold now, for example after loading a checkpoint, as the real statistics."""
-        self._real = [buffer.detach().clone() for buffer in self._buffers]
+        self._real = torch.cat(self._buffers)
+        self._parts = self._real.split([buffer.numel() for buffer in self._buffers])
         self._sums.pop()
         self._counts = [counter.clone() for counter in self._counters]
 
     def collect(self, number: int) -> None:
         """Call after each forward in training mode with the number of its microbatch."""
         if self._buffers:
-            self._sums.push((0, number), torch.cat([buffer.flatten() for buffer in self._buffers]))
+            self._sums.push((0, number), torch.cat(self._buffers))
 
     @torch.no_grad()
     def commit(self, bad: Tensor) -> None:
@@ -80,10 +83,8 @@ class RunningStatistics:
         if not self._buffers:
             return
         mean = self._exchange.total(self._sums.pop()) / self._leaves
-        means = mean.split([buffer.numel() for buffer in self._buffers])
-        for real, mean, momentum in zip(self._real, means, self._momenta, strict=True):
-            real.lerp_(mean.where(~bad, real), momentum)
-        torch._foreach_copy_(self._buffers, self._real)
+        self._real.lerp_(torch.where(bad, self._real, mean), self._momenta)
+        torch._foreach_copy_(self._buffers, self._parts)
         if self._counters:
             torch._foreach_add_(self._counts, 1)
             torch._foreach_copy_(self._counters, self._counts)

@@ -1,6 +1,6 @@
 """An exponential moving average of a network's weights, used for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,7 +21,7 @@ class ExponentialAverage:
     belong to the averaged weights, to first order, and not to the newest ones. Integer buffers hold counts, which have
     no average: they are copied. Averages have the dtype, device and memory layout of what they average.
 
-    Always pass the bare network, outside DDP and torch.compile, whose wrappers rename the entries.
+    Of the bare network, outside DDP and torch.compile, whose wrappers rename the entries.
     """
 
     def __init__(
@@ -33,7 +33,11 @@ class ExponentialAverage:
         """
         assert 0 <= decay < 1, decay
         self.decay, self.warmup, self._given = decay, warmup, averages_are_given
-        self._averages = {name: value.clone() for name, value in model.state_dict().items()}
+        # The parameters and buffers themselves, once: to make a state dict in every step takes longer than to average.
+        self._values: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._averages = {name: value.detach().clone() for name, value in self._values.items()}
+        self._floating = [name for name, value in self._values.items() if value.is_floating_point()]
+        self._counts = [name for name, value in self._values.items() if not value.is_floating_point()]
 
     def decay_at(self, step: int) -> float:
         """The decay after `step` updates: smaller in the first ones, so that the initial weights fade quickly.
@@ -52,32 +56,27 @@ class ExponentialAverage:
         return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup == "power" else self.decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the averages towards `model`. `step` counts optimizer updates, the one just done included."""
-        values = model.state_dict()
-        assert values.keys() == self._averages.keys(), "the averages belong to another network"
-        floating = [name for name, average in self._averages.items() if average.is_floating_point()]
-        torch._foreach_lerp_(
-            [local(self._averages[name]) for name in floating],
-            [local(values[name]) for name in floating],
-            1 - self.decay_at(step),
+    def update(self, step: int) -> None:
+        """Moves the averages towards the network. `step` counts optimizer updates, the one just done included."""
+        averages, values = (
+            [local(tensors[name]) for name in self._floating] for tensors in (self._averages, self._values)
         )
-        counts = {name: average for name, average in self._averages.items() if not average.is_floating_point()}
-        _copy_into(counts, values)
+        torch._foreach_lerp_(averages, values, 1 - self.decay_at(step))
+        _copy(self._values, self._averages, self._counts)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the `with` block `model` holds the averages; afterwards, error or not, its own values bit for bit.
+    def applied(self) -> Iterator[None]:
+        """Within the `with` block the network holds the averages; afterwards, error or not, its own values bit for bit.
 
         Values are copied into the tensors in place, so that DDP, compiled graphs and optimizers keep their hold on
         them. Costs one more copy of the weights while the block lasts. Do not train inside.
         """
-        own = {name: value.clone() for name, value in model.state_dict().items()}
-        _copy_into(model.state_dict(), self._averages)
+        own = {name: value.detach().clone() for name, value in self._values.items()}
+        _copy(self._averages, self._values, own)
         try:
             yield
         finally:
-            _copy_into(model.state_dict(), own)
+            _copy(own, self._values, own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, contiguous and without shared memory among them, as safetensors wants them.
@@ -97,13 +96,14 @@ class ExponentialAverage:
                 f"the saved averages (--train.ema_decay) belong to another network: {len(different)} entries differ, "
                 f"the first is {different[0]}; resume with the settings they were saved with"
             )
-        _copy_into(self._averages, {name: part_of(state[name], average) for name, average in self._averages.items()})
+        parts = {name: part_of(state[name], average) for name, average in self._averages.items()}
+        _copy(parts, self._averages, parts)
 
 
 @torch.no_grad()
-def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_([local(target) for target in targets.values()], [local(values[name]) for name in targets])
+def _copy(values: dict[str, Tensor], targets: dict[str, Tensor], names: Collection[str]) -> None:
+    if names:
+        torch._foreach_copy_([local(targets[name]) for name in names], [local(values[name]) for name in names])
 
 
 def build_average(config: Config, model: nn.Module) -> ExponentialAverage | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +50,11 @@ class Learner:
     launch: Launch
     config: Config
 
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Of the bare network, by name. To find them anew in every step takes as long as their norm."""
+        return dict(self.model.named_parameters())
+
     def evaluate(
         self, images: ImageSet, num_classes: int, interrupted: Callable[[], bool], *, with_probabilities: bool = False
     ) -> Predictions | None:
@@ -60,7 +66,7 @@ class Learner:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the network holds the averages of its weights, if there are any."""
-        return nullcontext() if self.average is None else self.average.applied(self.model)
+        return nullcontext() if self.average is None else self.average.applied()
 
     def rehearse(self, batch: Batch) -> Tensor:
         """One microbatch forward and backward, as in training; returns its mean loss, on the device."""

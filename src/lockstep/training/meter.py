@@ -17,6 +17,8 @@ _COUNTS = 3  # hits, samples, skipped
 class Meter:
     """Sums of loss, hits and samples on the device, and counts of bad steps, so that no step waits for the host.
 
+    In as few operations as can be: each is some microseconds of the host, and a kernel of a GPU, whatever it holds.
+
     Losses are kept by microbatch, each of which one process computes, and counts are whole numbers: what processes
     add up has no order, and a line of the log is the same on any number of them.
     """
@@ -26,32 +28,34 @@ class Meter:
         dtype = real_type(accelerator.device)
         rows = [_row(sums, numbers, microbatches, accelerator.is_main_process) for sums in _windows(progress)]
         self._sums = torch.tensor(rows, dtype=dtype, device=accelerator.device)
-        self._step = torch.zeros_like(self._sums[0])
+        self._step, self._nothing = torch.zeros_like(self._sums[0]), torch.zeros_like(self._sums[0])
+        self._losses, self._counts = self._step[:microbatches].unbind(), self._step[microbatches:]
         bad = progress.bad_steps
         self._bad = torch.tensor([bad.since_log, bad.in_a_row, bad.total], dtype=dtype, device=accelerator.device)
+        self._bad_in_a_row = self._bad[1]
         self._microbatches, self._accelerator = microbatches, accelerator
 
     @torch.no_grad()
     def add(self, number: int, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count microbatch `number`: losses (B,), logits (B, C), targets (B,) or soft (B, C); skipped have none."""
         if targets.ndim == 1:
-            labels, used = targets, (targets >= 0).sum()
+            counts = torch.stack([logits.argmax(1) == targets, targets >= 0, targets < 0]).sum(1)
         else:
             # Mixing moves parts of targets between rows, so only their sum tells how many images had one.
             labels, used = targets.argmax(1).where(targets.sum(1) > 0, -1), targets.sum().round()
-        hits = (logits.detach().argmax(1) == labels).sum()
-        self._step[number] += losses.detach().sum()
-        self._step[self._microbatches :] += torch.stack([hits, used, len(labels) - used]).to(self._sums)
+            counts = torch.stack([(logits.argmax(1) == labels).sum(), used, len(labels) - used])
+        self._losses[number].add_(losses.sum())
+        self._counts.add_(counts)
 
     def finish_step(self, bad: Tensor) -> None:
         """Count the microbatches added since the last step, or the step as a bad one if the flag on the device is set.
 
         The flag is the same on all processes.
         """
-        self._sums += self._step.where(~bad, 0)
+        self._sums.add_(torch.where(bad, self._nothing, self._step))
         self._step.zero_()
-        self._bad += bad
-        self._bad[1] *= bad  # one good step ends the row
+        self._bad.add_(bad)
+        self._bad_in_a_row.mul_(bad)  # one good step ends the row
 
     def read(self, progress: Progress) -> Progress:
         """Put the sums over all processes into `progress`; every process must take part, and waits for the device."""
