@@ -129,7 +129,7 @@ def begin(run: Run, lease: Lease, accelerator: Accelerator, launch: Launch, pree
 def fit(t: Training) -> int:
     """The loop, until all steps are done or the run is asked to stop; returns the exit code."""
     config, learner, progress, calendar = t.run.config, t.learner, t.progress, t.calendar
-    batches = t.loader.batches(range(progress.step, calendar.total_steps))
+    batches = t.loader.batches(range(progress.step, calendar.total_steps), learner.transform.rearrange)
     while True:
         validates = calendar.validates(progress)
         if validates:

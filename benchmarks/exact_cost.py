@@ -50,7 +50,7 @@ class Side:
         self.learner = build_learner(config, data, accelerator, launch, resumes=False)
         self.gradients = Gradients(self.learner.network, self.loader.numbers, MICROBATCHES, launch, config.runtime)
         self.statistics = RunningStatistics(self.learner.model, MICROBATCHES, launch)
-        self.batches = self.loader.batches(range(10**6))
+        self.batches = self.loader.batches(range(10**6), self.learner.transform.rearrange)
 
     def seconds(self, steps: int) -> float:
         """Time of so many steps."""
@@ -72,9 +72,9 @@ class Side:
                 losses = learner.loss_of(learner.network(images), targets)
                 learner.accelerator.backward(total(losses) / self.config.train.batch_size)
             self.statistics.collect(number)
-        bad = ~finish_gradients(learner.accelerator, learner.model, self.config.optim).isfinite()
+        _, bad = finish_gradients(learner.accelerator, learner.parameters, self.config.optim)
         update(learner.optimizer, bad)
-        learner.optimizer.zero_grad()
+        learner.optimizer.optimizer.zero_grad()
         self.statistics.commit(bad)
 
 

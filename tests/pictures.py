@@ -57,5 +57,10 @@ def unscaled(channels: int = 3, dtype: torch.dtype = torch.float64, **changes: A
     return Transform(AugmentConfig(**changes), (0.0,) * channels, (1.0,) * channels, dtype)
 
 
+def augmented(transform: Transform, images: Tensor, keys: Tensor) -> Tensor:
+    """What a network trains on without mixing: normalised floats (B, C, H, W)."""
+    return transform.train_batch(transform.rearrange(images, keys), torch.zeros_like(keys), keys, (0, 0, 0))[0]
+
+
 def planes(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).double() / 255

@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import images_of, keys_of, planes, smooth_images, unscaled
+from pictures import augmented, images_of, keys_of, planes, smooth_images, unscaled
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
@@ -27,7 +27,7 @@ def test_padded_crop_is_a_slice_of_the_padded_image(
     channels: int, padding: int, height: int, width: int, seed: int
 ) -> None:
     images, keys = images_of(8, height, width, channels), keys_of(8, seed)
-    output = unscaled(channels, crop_padding=padding).train(images, keys)
+    output = augmented(unscaled(channels, crop_padding=padding), images, keys)
     offsets = (draw(keys, "padded_crop", 2) * (2 * padding + 1)).long().tolist()
     for image, cut, (top, left) in zip(planes(images), output, offsets, strict=True):
         padded = TF.pad(image, [padding] * 4)
@@ -38,7 +38,7 @@ def test_padded_crop_reaches_every_offset() -> None:
     keys = keys_of(2000)
     marked = torch.zeros(2000, 5, 5, 1, dtype=torch.uint8)
     marked[:, 2, 2] = 255
-    found = unscaled(1, crop_padding=2).train(marked, keys).view(2000, 25).argmax(1)
+    found = augmented(unscaled(1, crop_padding=2), marked, keys).view(2000, 25).argmax(1)
     counts = torch.bincount(found, minlength=25)
     assert counts.min() > 40 and counts.max() < 130, counts  # 80 expected, deviation 9
 
@@ -46,7 +46,7 @@ def test_padded_crop_reaches_every_offset() -> None:
 @pytest.mark.parametrize(("changes", "axis"), [({"flip": True}, 3), ({"vertical_flip": True}, 2)])
 def test_flips_mirror_half_of_the_images(changes: dict[str, Any], axis: int) -> None:
     images = images_of(2000, 4, 3)
-    output, plain = unscaled(**changes).train(images, keys_of(2000)), unscaled().evaluate(images)
+    output, plain = augmented(unscaled(**changes), images, keys_of(2000)), unscaled().evaluate(images)
     kept = (output == plain).flatten(1).all(1)
     assert torch.equal(output[~kept], plain[~kept].flip(axis))
     assert 880 < kept.sum() < 1120  # 1000 expected, deviation 22
@@ -64,7 +64,7 @@ def test_affine_transforms_are_torchvisions(name: str, height: int, width: int) 
     images, keys = smooth_images(6, height, width), keys_of(6)
     strength = {"rotation": 20.0, "translate": 0.1, "zoom": 0.2, "shear": 15.0}[name]
     setting: dict[str, Any] = {name: strength}
-    output = unscaled(**setting).train(images, keys)
+    output = augmented(unscaled(**setting), images, keys)
     signed = 2 * draw(keys, "affine", 6) - 1
     for image, got, (turn, shear, zoom, right, down, _) in zip(planes(images), output, signed.tolist(), strict=True):
         chosen: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]}
@@ -81,7 +81,7 @@ def test_affine_transforms_are_torchvisions(name: str, height: int, width: int) 
 
 def test_what_a_rotation_uncovers_is_black() -> None:
     white = torch.full((6, 32, 32, 1), 255, dtype=torch.uint8)
-    output = unscaled(1, rotation=45.0).train(white, keys_of(6))
+    output = augmented(unscaled(1, rotation=45.0), white, keys_of(6))
     assert (output[:, :, 12:20, 12:20] > 0.999).all() and output.amin() == 0
 
 
@@ -99,7 +99,7 @@ def test_perspective_moves_the_corners_inwards(strength: float, seed: int) -> No
 
 def test_perspective_shows_the_whole_image_within_the_moved_corners() -> None:
     white, keys = torch.full((8, 64, 64, 1), 255, dtype=torch.uint8), keys_of(8)
-    output = unscaled(1, perspective=0.4).train(white, keys)
+    output = augmented(unscaled(1, perspective=0.4), white, keys)
     corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
     x, y = (corners * (1 - 0.4 * draw(keys, "perspective", 8).view(8, 4, 2))).unbind(-1)
     share = 0.5 * (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1).abs() / 4  # shoelace formula
@@ -160,7 +160,7 @@ def test_resized_crop_shows_the_box_in_full_size() -> None:
     ramp = torch.arange(size, dtype=torch.uint8)
     across = ramp.expand(8, size, size)
     for axis, images in enumerate((across, across.transpose(1, 2))):
-        output = unscaled(1, resized_crop=0.2).train(images[..., None].contiguous(), keys)[:, 0] * 255
+        output = augmented(unscaled(1, resized_crop=0.2), images[..., None].contiguous(), keys)[:, 0] * 255
         box = crop_boxes(keys, 0.2, 1.0)
         middle, side = box[axis], box[2 + axis]
         steps = (torch.arange(size, dtype=torch.float64) + 0.5) / size
@@ -173,16 +173,16 @@ def test_resized_crop_shows_the_box_in_full_size() -> None:
 def test_images_cropped_while_decoding_are_not_cropped_again() -> None:
     images, keys = images_of(), keys_of()
     precropped = Transform(AugmentConfig(resized_crop=0.3), (0.0,) * 3, (1.0,) * 3, torch.float64, True)
-    assert torch.equal(precropped.train(images, keys), precropped.evaluate(images))
+    assert torch.equal(augmented(precropped, images, keys), precropped.evaluate(images))
     both = Transform(AugmentConfig(resized_crop=0.3, rotation=20), (0.0,) * 3, (1.0,) * 3, torch.float64, True)
-    assert torch.equal(both.train(images, keys), unscaled(rotation=20).train(images, keys))
+    assert torch.equal(augmented(both, images, keys), augmented(unscaled(rotation=20), images, keys))
 
 
 def test_erasing_paints_a_rectangle_of_the_promised_size_in_the_mean_colour() -> None:
     count, size = 600, 64
     images = torch.full((count, size, size, 3), 255, dtype=torch.uint8)
     transform = Transform(AugmentConfig(erasing=0.5), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), torch.float32)
-    output, plain = transform.train(images, keys_of(count)), transform.evaluate(images)
+    output, plain = augmented(transform, images, keys_of(count)), transform.evaluate(images)
     erased = (output == 0).all(1)
     assert torch.equal(output.movedim(1, -1)[~erased], plain.movedim(1, -1)[~erased])
     chosen = erased.flatten(1).any(1)

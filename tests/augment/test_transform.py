@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from pictures import COLOURS, EVERYTHING, SINGLE, images_of, keys_of, planes, unscaled
+from pictures import COLOURS, EVERYTHING, SINGLE, augmented, images_of, keys_of, planes, unscaled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,7 @@ def test_output_is_nchw_floats_in_channels_last_memory(channels: int, dtype: tor
         if channels == 1 and name in (*COLOURS, "everything"):
             continue
         transform = unscaled(channels, dtype, **changes)
-        for output in (transform.train(images, keys_of()), transform.evaluate(images)):
+        for output in (augmented(transform, images, keys_of()), transform.evaluate(images)):
             assert output.shape == (16, channels, 20, 16) and output.dtype == dtype, name
             assert output.is_contiguous(memory_format=torch.channels_last), name
             assert torch.isfinite(output).all(), name
@@ -34,17 +34,17 @@ def test_output_is_nchw_floats_in_channels_last_memory(channels: int, dtype: tor
 def test_a_sample_is_changed_by_its_key_alone(name: str) -> None:
     images, keys, original = images_of(), keys_of(), images_of()
     transform = unscaled(**SINGLE.get(name, EVERYTHING))
-    output = transform.train(images, keys)
+    output = augmented(transform, images, keys)
     assert torch.equal(images, original), "the cached images were written to"
-    assert torch.equal(output, transform.train(images, keys))
+    assert torch.equal(output, augmented(transform, images, keys))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(transform.train(images[order], keys[order]), output[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(augmented(transform, images[order], keys[order]), output[order], rtol=0, atol=1e-12)
     for i in (0, 7):
-        alone = transform.train(images[i : i + 1], keys[i : i + 1])
+        alone = augmented(transform, images[i : i + 1], keys[i : i + 1])
         torch.testing.assert_close(alone, output[i : i + 1], rtol=0, atol=1e-12)
     changed = (output != transform.evaluate(images)).flatten(1).any(1)
     assert changed.float().mean() > 0.2, "most images come out as they were"
-    assert not torch.equal(output, transform.train(images, keys_of(seed=1))), "another key changes nothing"
+    assert not torch.equal(output, augmented(transform, images, keys_of(seed=1))), "another key changes nothing"
 
 
 def test_without_settings_training_only_normalises() -> None:
@@ -53,14 +53,14 @@ def test_without_settings_training_only_normalises() -> None:
     transform = Transform(AugmentConfig(), mean, std, torch.float64)
     expected = TF.normalize(planes(images), list(mean), list(std))
     torch.testing.assert_close(transform.evaluate(images), expected)
-    assert torch.equal(transform.train(images, keys_of()), transform.evaluate(images))
+    assert torch.equal(augmented(transform, images, keys_of()), transform.evaluate(images))
 
 
 def test_normalisation_follows_every_transform() -> None:
     images, keys, std = images_of(), keys_of(), (0.1, 0.2, 0.3)
     changes = {key: value for key, value in EVERYTHING.items() if key != "erasing"}
-    plain = unscaled(**changes).train(images, keys)
-    scaled = Transform(AugmentConfig(**changes), (0.4, 0.5, 0.6), std, torch.float64).train(images, keys)
+    plain = augmented(unscaled(**changes), images, keys)
+    scaled = augmented(Transform(AugmentConfig(**changes), (0.4, 0.5, 0.6), std, torch.float64), images, keys)
     torch.testing.assert_close(scaled, TF.normalize(plain, [0.4, 0.5, 0.6], list(std)))
 
 
@@ -76,15 +76,18 @@ def test_a_transform_draws_from_the_stream_of_its_name(name: str, monkeypatch: p
     for module in (geometry, colour, policy):
         monkeypatch.setattr(module, "draw", recording)
     wanted = {setting: EVERYTHING[setting] for setting in TRANSFORMS[name].settings}
-    unscaled(**wanted).train(images_of(), keys_of())
+    augmented(unscaled(**wanted), images_of(), keys_of())
     assert drawn == {name}
 
 
 def test_switching_one_on_leaves_the_others_as_they_were() -> None:
     images, keys = images_of().clamp(min=1), keys_of()
-    both, erased = unscaled(flip=True, erasing=0.7).train(images, keys), unscaled(erasing=0.7).train(images, keys)
+    both, erased = (
+        augmented(unscaled(flip=True, erasing=0.7), images, keys),
+        augmented(unscaled(erasing=0.7), images, keys),
+    )
     assert torch.equal(both == 0, erased == 0), "flipping moved the erased rectangles"
-    flipped = unscaled(flip=True).train(images, keys)
+    flipped = augmented(unscaled(flip=True), images, keys)
     assert torch.equal(both[both != 0], flipped[both != 0]), "erasing changed which images are flipped"
     plain, zoomed = AugmentConfig(rotation=30), AugmentConfig(rotation=30, zoom=0.2)
     one, two = (geometry.affine(keys, config, 1.0) for config in (plain, zoomed))
@@ -95,12 +98,14 @@ def test_switching_one_on_leaves_the_others_as_they_were() -> None:
 def test_a_training_batch_is_augmented_and_then_mixed() -> None:
     images, labels, keys, seed = images_of(4), torch.tensor([0, 1, 2, 3]), keys_of(4), (0, 3, 1)
     plain = unscaled(flip=True)
-    augmented, same_labels = plain.train_batch(images, labels, keys, seed)
-    assert torch.equal(augmented, plain.train(images, keys)) and torch.equal(same_labels, labels)
+    rearranged = plain.rearrange(images, keys)
+    assert not torch.equal(rearranged, images) and rearranged.dtype == torch.uint8
+    pixels, same_labels = plain.train_batch(rearranged, labels, keys, seed)
+    assert torch.equal(pixels, plain.evaluate(rearranged)) and torch.equal(same_labels, labels)
     config = AugmentConfig(flip=True, mixup=1.0)
     mixing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, num_classes=5)
-    expected = mix(augmented, labels, config, 5, seed)
-    for got, wanted in zip(mixing.train_batch(images, labels, keys, seed), expected, strict=True):
+    expected = mix(pixels, labels, config, 5, seed)
+    for got, wanted in zip(mixing.train_batch(rearranged, labels, keys, seed), expected, strict=True):
         assert torch.equal(got, wanted) and got.shape[0] == 4
 
 
@@ -112,7 +117,7 @@ def test_mixing_ends_with_its_epoch() -> None:
         assert mixing.train_batch(images, labels, keys, (0, step, 0))[1].is_floating_point()
     for step in (20, 55):
         output, targets = mixing.train_batch(images, labels, keys, (0, step, 0))
-        assert torch.equal(output, mixing.train(images, keys)) and torch.equal(targets, labels)
+        assert torch.equal(output, mixing.evaluate(images)) and torch.equal(targets, labels)
 
 
 def test_images_grow_with_the_epoch() -> None:
@@ -123,9 +128,10 @@ def test_images_grow_with_the_epoch() -> None:
     config = AugmentConfig(flip=True, progressive_size=10, progressive_epochs=2, progressive_step=5)
     growing = Transform(config, (0.0,) * 3, (1.0,) * 3, torch.float64, steps_per_epoch=3)
     for step, size in ((0, (15, 10)), (2, (15, 10)), (3, (22, 15)), (6, (30, 20)), (99, (30, 20))):
-        output, _ = growing.train_batch(images, labels, keys, (0, step, 0))
+        rearranged = growing.rearrange(images, keys)
+        output, _ = growing.train_batch(rearranged, labels, keys, (0, step, 0))
         assert output.is_contiguous(memory_format=torch.channels_last)
-        wanted = TF.resize(growing.train(images, keys), list(size), antialias=True)
+        wanted = TF.resize(growing.evaluate(rearranged), list(size), antialias=True)
         torch.testing.assert_close(output, wanted, rtol=0, atol=1e-9)
     assert growing.evaluate(images).shape[2:] == (30, 20)
 
@@ -155,7 +161,7 @@ def test_brightness_and_contrast_work_on_grey_images() -> None:
     config = Config(augment=AugmentConfig(jitter=(0.3, 0.3)), runtime=RuntimeConfig(dtype="float64"))
     transform = build_transform(config, (0.5,), (0.2,), 10, precropped=True)
     assert transform.precropped and transform.dtype == torch.float64
-    output = transform.train(images_of(channels=1), keys_of())
+    output = augmented(transform, images_of(channels=1), keys_of())
     assert output.dtype == torch.float64 and not torch.equal(output, transform.evaluate(images_of(channels=1)))
 
 
@@ -175,4 +181,4 @@ def test_where_a_device_has_no_float64_none_is_asked_for(monkeypatch: pytest.Mon
     transform = Transform(AugmentConfig(**EVERYTHING), (0.5,) * 3, (0.2,) * 3, torch.float32)
     images, keys = images_of(), keys_of()
     with NoFloat64():
-        assert transform.train(images, keys).dtype == torch.float32
+        assert augmented(transform, images, keys).dtype == torch.float32

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from programs import start
+from torch import Tensor
 
 from lockstep.data.images import SKIPPED_LABEL, Data, ImageSet, build_data
 from lockstep.data.loader import (
@@ -115,6 +116,25 @@ def test_processes_together_give_the_samplers_microbatches(
             assert torch.equal(batch.keys, keys)
     for rest in parts:
         assert next(rest, None) is None
+
+
+@pytest.mark.parametrize(("memory_budget", "block_bytes"), [(2.0, 1 << 20), (2.0, 1), (0.0, 1 << 20)])
+def test_images_are_rearranged_by_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_budget: float, block_bytes: int
+) -> None:
+    monkeypatch.setattr("lockstep.data.loader._BLOCK_BYTES", block_bytes)
+    loader = train_loader(config_of(tmp_path, memory_budget=memory_budget), tmp_path)
+    steps, seen = range(loader.sampler.steps_per_epoch + 3), set()
+
+    def mirror(images: Tensor, keys: Tensor) -> Tensor:
+        seen.add(len(images))
+        assert len(keys) == len(images)
+        return images.flip(2)
+
+    for plain, mirrored in zip(loader.batches(steps), loader.batches(steps, mirror), strict=True):
+        assert len(plain.images) == MICRO and torch.equal(plain.images.flip(2), mirrored.images)
+        assert torch.equal(plain.labels, mirrored.labels) and torch.equal(plain.keys, mirrored.keys)
+    assert (max(seen) > MICRO) == (memory_budget > 0 and block_bytes > 1), seen
 
 
 @pytest.mark.parametrize("memory_budget", [2.0, 0.0])

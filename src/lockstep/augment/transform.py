@@ -78,18 +78,20 @@ class Transform:
         batch, height, width, channels = images.shape
         scale, bias = _scale_and_bias(self.mean, self.std, width, self.dtype, images.device)
         # Rows of W * C numbers: with three at a time it takes four times as long on a CPU.
-        rows = images.to(self.dtype).reshape(batch, height, width * channels)
-        return torch.addcmul(bias, rows, scale).view(images.shape).permute(0, 3, 1, 2)
+        rows = images.reshape(batch, height, width * channels).to(self.dtype)
+        own = None if images.is_floating_point() else rows  # whose memory is at hand; not the caller's
+        return torch.addcmul(bias, rows, scale, out=own).view(images.shape).permute(0, 3, 1, 2)
 
     def train_batch(
         self, images: Tensor, labels: Tensor, keys: Tensor, seed: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor]:
-        """`train`, and mixing if the settings ask for it: images (B, C, H, W), targets (B,) or soft (B, classes).
+        """What a network trains on: images (B, C, H, W), and targets (B,), or soft ones (B, classes) with mixing.
 
-        `seed` is (seed, step, microbatch); what depends on the epoch follows from the step.
+        `images` are those that `rearrange` gives. `seed` is (seed, step, microbatch); what depends on the
+        epoch follows from the step.
         """
         epoch = seed[1] // self.steps_per_epoch
-        pixels = self._sized(self.train(images, keys), epoch)
+        pixels = self._sized(self._rendered(images, keys), epoch)
         off_epoch = self.config.mix_off_epoch
         if not mixes(self.config) or (off_epoch is not None and epoch >= off_epoch):
             return pixels, labels
@@ -113,10 +115,17 @@ class Transform:
         smaller = F.interpolate(pixels, target, mode="bilinear", antialias=True)
         return smaller.contiguous(memory_format=torch.channels_last)
 
-    def train(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Augment with the randomness of `keys`, int64 (B,), then normalise."""
+    def rearrange(self, images: Tensor, keys: Tensor) -> Tensor:
+        """The first part of augmentation, which leaves uint8 images (B, H, W, C) what they are: windows and mirrors.
+
+        With the randomness of `keys`, int64 (B,). Apart from the rest because several microbatches at once take less.
+        """
         for transform in self._wanted("pixels"):
             images = transform.apply(images, keys, self.config)
+        return images
+
+    def _rendered(self, images: Tensor, keys: Tensor) -> Tensor:
+        """The rest of augmentation, and normalisation."""
         warps, colours = self._wanted("warp"), self._wanted("colour")
         if warps or colours:
             pixels = images.permute(0, 3, 1, 2).to(self.dtype)

@@ -10,8 +10,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +49,18 @@ def crops_while_decoding(data: ImageSet, augment: AugmentConfig) -> bool:
     return data.images is None and augment.resized_crop > 0
 
 
+Rearrange = Callable[[Tensor, Tensor], Tensor]
+"""Of uint8 images (B, H, W, C), by their keys, to as many of the same type"""
+
+_BLOCK_BYTES, _BLOCK_MICROBATCHES = 8 << 20, 16
+"""Of decoded images that are brought at a time: small microbatches come several together. What is done to each then
+takes less than half as long, as memory and code are still at hand (256 images of 32x32: 1.5 -> 0.6 ms by eights)."""
+
+
+def _as_they_are(images: Tensor, keys: Tensor) -> Tensor:
+    return images
+
+
 class TrainLoader:
     """This process's share of the global order. Holds no position: any step can be asked for at any time."""
 
@@ -64,17 +78,28 @@ class TrainLoader:
     def accumulation(self) -> int:
         return len(self.numbers)
 
-    def batches(self, steps: range) -> Iterator[Batch]:
-        """`accumulation` batches for each step, in the order of `numbers`."""
+    def batches(self, steps: range, rearrange: Rearrange = _as_they_are) -> Iterator[Batch]:
+        """`accumulation` batches for each step, in the order of `numbers`, with what `rearrange` makes of images."""
         microbatches = self.sampler.microbatches(steps, self.numbers)
-        return map(self._gather, microbatches) if self._images is not None else self._stream(microbatches)
+        in_memory = self._images is not None
+        blocks = map(self._gather, self._blocks(microbatches)) if in_memory else self._stream(microbatches)
+        for images, labels, keys in blocks:
+            parts = (rearrange(images, keys), labels, keys)
+            yield from map(Batch, *(part.split(self.sampler.micro_batch_size) for part in parts))
 
-    def _gather(self, microbatch: Microbatch) -> Batch:
+    def _blocks(self, microbatches: Iterator[Microbatch]) -> Iterator[list[Microbatch]]:
+        """Of one epoch each."""
+        most = _BLOCK_BYTES // (self.sampler.micro_batch_size * math.prod(self._data.shape))
+        for _, epoch in groupby(microbatches, attrgetter("epoch")):
+            while block := list(islice(epoch, min(max(most, 1), _BLOCK_MICROBATCHES))):
+                yield block
+
+    def _gather(self, block: list[Microbatch]) -> Batch:
         assert self._images is not None
-        numbers = torch.from_numpy(np.stack([microbatch.samples, microbatch.repeats]))
-        samples, repeats = to_device(numbers, self._launch.device)
+        parts = [np.concatenate([getattr(microbatch, name) for microbatch in block]) for name in ("samples", "repeats")]
+        samples, repeats = to_device(torch.from_numpy(np.stack(parts)), self._launch.device)
         rows = self._rows[samples]
-        keys = sample_keys(self._config.run.seed, microbatch.epoch, rows, repeats)
+        keys = sample_keys(self._config.run.seed, block[0].epoch, rows, repeats)
         return Batch(self._images.index_select(0, rows), self._labels[samples], keys)
 
     def _keys(self, microbatch: Microbatch) -> Tensor:

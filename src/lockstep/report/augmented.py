@@ -38,7 +38,7 @@ def _as_in(epoch: int, chosen: list[int], config: Config, data: Data) -> Tensor:
     min_area = config.augment.resized_crop if precropped else 0.0
     images, labels = map(torch.stack, zip(*read_samples(data.train, chosen, keys, min_area), strict=True))
     assert not (labels == SKIPPED_LABEL).any(), "only images that can be read were chosen"
-    pixels, _ = transform.train_batch(images, labels, keys, (config.run.seed, epoch, 0))
+    pixels, _ = transform.train_batch(transform.rearrange(images, keys), labels, keys, (config.run.seed, epoch, 0))
     pixels = functional.interpolate(pixels, images.shape[1:3])  # those of smaller epochs, in blocks
     mean, std = (torch.tensor(values, dtype=pixels.dtype).view(-1, 1, 1) for values in (data.mean, data.std))
     return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

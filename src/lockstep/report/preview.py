@@ -105,7 +105,8 @@ def _first_batch(config: Config, data: Data, sampler: Sampler) -> tuple[Values, 
         config, data.mean, data.std, data.num_classes, precropped=precropped, steps_per_epoch=per_epoch
     )
     batch = next(loader.batches(range(1)))
-    images, targets = transform.train_batch(*batch, (config.run.seed, 0, 0))
+    rearranged = batch._replace(images=transform.rearrange(batch.images, batch.keys))
+    images, targets = transform.train_batch(*rearranged, (config.run.seed, 0, 0))
     decoded = _values(batch.images.permute(0, 3, 1, 2).float() / 255)
     kind = f"{str(targets.dtype).removeprefix('torch.')} {'x'.join(map(str, targets.shape))}"
     return decoded, _values(images), f"{kind}, mixed" if targets.ndim > 1 else kind
