@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fork_server import ForkServer
 from runs import differences
@@ -68,6 +69,12 @@ def altered(path: Path) -> None:
     path.write_bytes(content)
 
 
+def a_bit_of_each_image_altered(path: Path) -> None:
+    images = np.load(path, mmap_mode="r+")
+    images[:, 3, 4] ^= 8
+    images.flush()
+
+
 def half_copied(folder: Path) -> None:
     """As a copy that was broken off: some files, no manifest."""
     for name in ("manifest.json", "optimizer.pt", "progress.json"):
@@ -118,6 +125,9 @@ TO_THE_RUN: dict[str, Callable[[Path], object]] = {
     "links removed": links_removed,
     "cache deleted": lambda run: shutil.rmtree(run.parents[1] / "cache"),
     "cache truncated": lambda run: [cut_short(path) for path in (run.parents[1] / "cache").glob("*.npy")],
+    "cache altered": lambda run: [
+        a_bit_of_each_image_altered(path) for path in (run.parents[1] / "cache").glob("*.npy")
+    ],
     "history cut": lambda run: cut_short(run / "metrics.jsonl"),
     "summary empty": lambda run: (run / "summary.json").write_text(""),
 }
@@ -134,7 +144,9 @@ def test_other_damage_costs_the_steps_since_the_newest_checkpoint(
     resumed = Training(FORMS["alone"], tmp_path, server)
     assert resumed.finish() == 0, resumed.output()
     assert lines_of(resumed, "continuing") == [f"continuing runs/tiny after step {newest}"]
-    assert len(lines_of(resumed, "image cache .* is damaged")) == (2 if damage == "cache truncated" else 0)
+    assert len(lines_of(resumed, "image cache .* is damaged")) == (
+        2 if damage in ("cache truncated", "cache altered") else 0
+    )
     assert differences(resumed.run, references("alone")) == []
 
 

@@ -16,6 +16,7 @@ from programs import LAUNCHER, finish, free_port, launch_command, start
 from lockstep.__main__ import main as lockstep
 from lockstep.commands import doctor
 from lockstep.commands.doctor import CHECKS
+from lockstep.data.images import build_data
 from lockstep.run.folder import Run
 from lockstep.settings.cli import parse_config
 
@@ -78,6 +79,7 @@ def test_a_good_setup_passes_and_leaves_nothing_behind(examine: Doctor) -> None:
     assert set(statuses(found, "batch", "cores", "run", "data", "network", "step", "disk", "W&B")) == {"ok"}
     assert "1 process on cpu in fp32" in found["launch"][1] or torch.accelerator.is_available()
     assert found["data"][1] == "1294 train, 144 val, 359 test images of 8x8x1 in 10 classes"
+    assert found["cache"] == ("skipped", "train and test images are decoded at the first start")
     assert "mlp with 9,472 parameters" in found["network"][1]
     # Weights and AdamW's two moments of 9,472 float32 values, and the counters.
     assert "4 checkpoints of 111 KiB need 444 KiB" in found["disk"][1]
@@ -109,6 +111,20 @@ def test_an_unreadable_image_is_named_and_the_other_checks_go_on(examine: Doctor
     assert statuses(found, "network", "step", "disk") == ["skipped", "skipped", "ok"]
 
 
+def test_a_damaged_image_of_the_cache_is_named_and_left_as_it_is(examine: Doctor, tmp_path: Path) -> None:
+    settings = (f"--data.cache_dir={tmp_path / 'cache'}", *SMALL)
+    build_data(parse_config([*MLP, *settings]), None, write=False)
+    assert examine(*settings)[1]["cache"] == ("ok", "1797 decoded images checked")
+    (file,) = (tmp_path / "cache").glob("test-*.npy")
+    content = bytearray(file.read_bytes())
+    content[-65] ^= 4  # in the last image but one
+    file.write_bytes(content)
+    code, found = examine(*settings)
+    assert (code, found["cache"][0]) == (0, "warning")
+    assert f"{file}: 1 of 359 images are damaged, the first: " in found["cache"][1]
+    assert file.read_bytes() == content
+
+
 def test_streaming_with_workers(examine: Doctor, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 40)
     code, found = examine(
@@ -116,6 +132,7 @@ def test_streaming_with_workers(examine: Doctor, tmp_path: Path) -> None:
         "--augment.image_size=6", "--augment.resized_crop=0.5", "--augment.mixup=0.2", "--runtime.precision=bf16",
     )  # fmt: skip
     assert (code, found["step"][0]) == (0, "ok")
+    assert found["cache"][0] == "skipped" and found["cache"][1].startswith("test images ")  # training streams
     assert "in bf16" in found["launch"][1]
 
 

@@ -27,7 +27,9 @@ def image_folder(root: Path) -> Path:
     return root
 
 
-def test_decodes_into_the_cache_once_and_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decodes_into_the_cache_once_and_makes_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = image_folder(tmp_path / "pets")
     arguments = [f"--data.source=folder:{source}", f"--data.cache_dir={tmp_path / 'cache'}", "--model.name=tiny_cnn"]
@@ -36,8 +38,17 @@ def test_decodes_into_the_cache_once_and_makes_no_run(tmp_path: Path, monkeypatc
     assert any("12 train, 6 val, 6 test images of 16x16x3 in 2 classes" in line for line in lines)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
     assert made and not (tmp_path / "runs").exists()
+    assert "checked: 18 decoded images" in lines
     prepare(parse_config(arguments))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")} == made
+
+    victim = next(path for path in made if path.name.startswith("val"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    caplog.clear()
+    prepare(parse_config(arguments))
+    assert len(caplog.records) == 1 and f"is damaged (1 of 6 images, the first: {source}/val/dog/2.png)" in caplog.text
+    assert victim.read_bytes() == content
 
     streamed = prepare(parse_config([*arguments, "--data.memory_budget=0"]))
     assert any(line.startswith("decoded images: none") for line in streamed)

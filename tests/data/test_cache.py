@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
-from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, open_image
+from lockstep.data.cache import UnreadableImage, decode, decode_cached, decode_row, find_cached, open_image
+from lockstep.data.decoded import DecodedImages
 from lockstep.data.sources.kinds import open_source
 from lockstep.data.sources.source import Split, open_encoded
 from lockstep.errors import UserError
@@ -54,7 +56,7 @@ def ramp(folder: Path, lethal: bool = False) -> Split:
     return Split("train", np.arange(COUNT) % 2, read, read.where)
 
 
-def cache(folder: Path, lethal: bool = False, fingerprint: str = "f") -> tuple[np.ndarray, np.ndarray]:
+def cache(folder: Path, lethal: bool = False, fingerprint: str = "f") -> tuple[DecodedImages, np.ndarray]:
     return decode_cached(ramp(folder, lethal), SHAPE, None, folder / "cache", fingerprint, "raise")
 
 
@@ -62,7 +64,12 @@ def readings(folder: Path) -> list[str]:
     return (folder / "notes").read_text().split()
 
 
-def assert_ramp(images: np.ndarray) -> None:
+def all_of(images: DecodedImages) -> np.ndarray:
+    return images.take(torch.arange(len(images))).numpy()
+
+
+def assert_ramp(decoded: DecodedImages) -> None:
+    images = all_of(decoded)
     assert images.shape == (COUNT, *SHAPE) and images.dtype == np.uint8
     assert (images == np.arange(COUNT)[:, None, None, None]).all()
 
@@ -83,7 +90,7 @@ def test_images_are_decoded_once(tmp_path) -> None:
 
 
 def test_writing_to_the_images_leaves_the_file_alone(tmp_path) -> None:
-    cache(tmp_path)[0][:] = 255
+    cache(tmp_path)[0].take(torch.arange(COUNT))[:] = 255
     assert_ramp(cache(tmp_path)[0])
     assert len(readings(tmp_path)) == COUNT  # read back, not repaired
 
@@ -92,10 +99,25 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def flip_one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
+def flip_a_bit(path: Path, place: int = -100) -> None:
+    """In the place where it lies, so that it shows through a mapping of the file."""
+    with path.open("r+b") as file:
+        file.seek(place, os.SEEK_SET if place >= 0 else os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def flip_a_bit_of_the_records(path: Path) -> None:
+    flip_a_bit(path.with_suffix(".records"))
+
+
+def cut_the_records(path: Path) -> None:
+    truncate(path.with_suffix(".records"))
+
+
+def remove_the_records(path: Path) -> None:
+    path.with_suffix(".records").unlink()
 
 
 def empty_description(path: Path) -> None:
@@ -104,7 +126,7 @@ def empty_description(path: Path) -> None:
 
 def old_description(path: Path) -> None:
     description = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps(description | {"crc32": 1}))
+    path.with_suffix(".json").write_text(json.dumps(description | {"records_crc32": 1}))
 
 
 def become_a_zip(path: Path) -> None:
@@ -116,7 +138,8 @@ def nest_description(path: Path) -> None:
     path.with_suffix(".json").write_text("[" * 100_000)
 
 
-DAMAGE = [truncate, flip_one_bit, Path.unlink, empty_description, old_description, become_a_zip, nest_description]
+DAMAGE = [truncate, Path.unlink, empty_description, old_description, become_a_zip, nest_description]
+DAMAGE += [flip_a_bit_of_the_records, cut_the_records, remove_the_records]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -130,6 +153,17 @@ def test_a_damaged_cache_is_reported_and_built_again(tmp_path, caplog, damage) -
     assert len(readings(tmp_path)) == 2 * COUNT
 
 
+def test_opening_reads_no_image_and_decodes_none(tmp_path) -> None:
+    assert find_cached(ramp(tmp_path), SHAPE, None, tmp_path / "cache", "f", "raise") is None
+    assert not (tmp_path / "notes").exists() and not (tmp_path / "cache").exists()
+    cache(tmp_path)
+    found = find_cached(ramp(tmp_path), SHAPE, None, tmp_path / "cache", "f", "raise")
+    assert found is not None and found.damaged() == []
+    flip_a_bit(cache_file(tmp_path))
+    assert found.damaged() == [COUNT - 4]  # the file is looked at, and was not before
+    assert len(readings(tmp_path)) == COUNT
+
+
 def _cache_in_process(folder: Path, lethal: bool, together: Barrier | None = None) -> None:
     if together is not None:
         together.wait(60)
@@ -137,7 +171,7 @@ def _cache_in_process(folder: Path, lethal: bool, together: Barrier | None = Non
 
 
 def test_two_processes_at_once_decode_once(tmp_path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     together = context.Barrier(2)
     processes = [context.Process(target=_cache_in_process, args=(tmp_path, False, together)) for _ in range(2)]
     for process in processes:
@@ -149,7 +183,7 @@ def test_two_processes_at_once_decode_once(tmp_path) -> None:
 
 
 def test_a_kill_while_decoding_leaves_nothing_half_done(tmp_path, caplog) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_cache_in_process, args=(tmp_path, True))
+    process = multiprocessing.get_context("fork").Process(target=_cache_in_process, args=(tmp_path, True))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -211,7 +245,7 @@ def broken(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "not an image", "empty", "missing"])
 def test_an_unreadable_image_is_named_or_skipped(folder, tmp_path, how) -> None:
     split = folder_split(folder)
-    whole = decode_cached(split, (40, 30, 3), None, tmp_path / "cache", "whole", "raise")[0]
+    whole = all_of(decode_cached(split, (40, 30, 3), None, tmp_path / "cache", "whole", "raise")[0])
     victim = folder / "dog" / "1.jpg"
     broken(victim, how)
     with pytest.raises(UnreadableImage, match=rf"{victim} cannot be decoded .*--data.on_error=skip") as caught:
@@ -219,7 +253,8 @@ def test_an_unreadable_image_is_named_or_skipped(folder, tmp_path, how) -> None:
     assert "\n" not in str(caught.value)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
     for _ in range(2):  # built, then read back
-        images, skipped = decode_cached(split, (40, 30, 3), None, tmp_path / "cache", "f", "skip")
+        decoded, skipped = decode_cached(split, (40, 30, 3), None, tmp_path / "cache", "f", "skip")
+        images = all_of(decoded)
         assert np.flatnonzero(skipped).tolist() == [5]
         assert np.array_equal(images[~skipped], whole[~skipped]) and not images[5].any()
     with pytest.raises(UnreadableImage):  # a cache with gaps does not serve a run that wants none

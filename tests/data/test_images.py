@@ -53,7 +53,8 @@ def test_rows_lead_to_pixels_and_labels(tmp_path) -> None:
             pixels = np.asarray(image_set.split.read(row))[..., None]
             loaded = image_set.load(index)
             assert loaded is not None and np.array_equal(loaded.numpy(), pixels)
-            assert image_set.images is not None and np.array_equal(image_set.images[row].numpy(), pixels)
+            assert image_set.images is not None
+            assert np.array_equal(image_set.images.take(image_set.rows[[index]])[0].numpy(), pixels)
             assert int(image_set.labels[index]) == image_set.split.labels[row]
 
 
@@ -88,7 +89,7 @@ def test_random_crops_of_larger_images_stream_the_training_set_alone(tmp_path) -
     source = make_folder(tmp_path / "set", [(48, 40), (36, 50), (40, 40)])
     data = build(tmp_path, source, AugmentConfig(image_size=32, resized_crop=0.08, eval_crop=0.875))
     assert data.train.images is None and data.val is not None
-    assert data.val.images is not None and data.val.images.shape == (6, 32, 32, 3)
+    assert data.val.images is not None and data.val.images.take(data.val.rows).shape == (6, 32, 32, 3)
     whole = data.train.crop(1, [0.0] * 22, 1.0)  # 36 x 50: the widest box of its whole area does not fit
     assert whole is not None and whole.shape == (32, 32, 3)
     loaded = data.train.load(1)

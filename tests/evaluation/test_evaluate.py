@@ -192,7 +192,7 @@ def test_digits_as_computed_by_hand(tmp_path: Path, accelerator: Accelerator) ->
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     got = evaluate(model, EvaluationLoader(data.test, data.num_classes, LAUNCH, config), transform, accelerator)
     assert data.test.images is not None
-    pixels = data.test.images[data.test.rows].float().permute(0, 3, 1, 2) / 255
+    pixels = data.test.images.take(data.test.rows).float().permute(0, 3, 1, 2) / 255
     logits = model((pixels - data.mean[0]) / data.std[0]).detach()
     assert len(got.samples) == len(data.test) == 359
     assert got.loss == pytest.approx(nn.functional.cross_entropy(logits, data.test.labels).item(), rel=1e-5)

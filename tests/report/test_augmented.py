@@ -22,7 +22,7 @@ def test_versions_are_the_pixels_of_training(evaluated: Evaluated) -> None:
     samples = augmented_samples(config, data)
     assert list(samples) == list(range(6)) and data.train.images is not None
     originals, versions = zip(*((images[0], images[1:]) for images in samples.values()), strict=True)
-    assert np.array_equal(np.stack(originals), data.train.images[data.train.rows[:6]].numpy())
+    assert np.array_equal(np.stack(originals), data.train.images.take(data.train.rows[:6]).numpy())
     mirrored = 0
     for original, own in zip(originals, versions, strict=True):
         assert len(own) == EPOCHS

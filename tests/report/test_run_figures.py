@@ -67,7 +67,7 @@ def test_the_gallery_shows_the_worst_mistakes_first(
     worst = np.where(wrong, -metrics.losses, 0).argsort(kind="stable")[:25]
     assert titles == [f"{metrics.labels[i]},\ntaken for {metrics.predicted[i]}" for i in worst]
     for image, i in zip(images, worst, strict=True):
-        assert np.array_equal(image, data.test.images[data.test.rows[int(i)]])
+        assert np.array_equal(image, data.test.images.take(data.test.rows[[int(i)]])[0])
     images, titles = shown["samples"]
     assert titles == [str(label) for label in data.train.labels[:25].tolist()]
-    assert np.array_equal(images, data.train.images[data.train.rows[:25]])
+    assert np.array_equal(images, data.train.images.take(data.train.rows[:25]))

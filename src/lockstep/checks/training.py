@@ -9,9 +9,10 @@ import torch
 from accelerate.utils import gather_object
 
 from lockstep.checks.finding import NO_LAUNCH, Finding, Parts
-from lockstep.data.images import build_data
+from lockstep.data.images import build_data, find_decoded
 from lockstep.data.loader import TrainLoader
 from lockstep.data.sampler import build_sampler
+from lockstep.errors import is_first_of_machine
 from lockstep.files import path_of
 from lockstep.models.network import build_network
 from lockstep.models.summary import count_parameters
@@ -73,6 +74,29 @@ def check_same_data(parts: Parts) -> Finding | None:
         problem = "; ".join(others)
         return Finding("failed", f"not the data of rank 0 ({problem}): put the same files on every machine")
     return Finding("ok", f"classes, labels and pixels are the same on all {parts.launch.num_processes} processes")
+
+
+def check_cache(parts: Parts) -> Finding | None:
+    """The images that earlier starts have decoded are as they were written; training looks when it uses them."""
+    if not is_first_of_machine():
+        return None
+    if parts.data is None:
+        return Finding("skipped", "the data cannot be read")
+    sets = find_decoded(parts.config)
+    if not sets:
+        return Finding("ok", "images are decoded while training")
+    if missing := [name for name, images in sets.items() if images is None]:
+        return Finding("skipped", f"{' and '.join(missing)} images are decoded at the first start")
+    whole = 0
+    for images in sets.values():
+        assert images is not None
+        if damaged := images.damaged():
+            first = f"{len(damaged)} of {len(images)} images are damaged, the first: {images.where(damaged[0])}"
+            return Finding(
+                "warning", f"{images.file}: {first}; decoded again when they are used, or by lockstep prepare"
+            )
+        whole += len(images)
+    return Finding("ok", f"{whole} decoded images checked")
 
 
 def check_network(parts: Parts) -> Finding:

@@ -15,7 +15,15 @@ from accelerate.utils import gather_object
 from lockstep.checks.finding import Check, Finding, Parts, combine, line_of, time_limit
 from lockstep.checks.launch import check_all_reduce, check_batch, check_cores, check_launch, check_port
 from lockstep.checks.results import check_disk, check_wandb
-from lockstep.checks.training import check_choices, check_data, check_network, check_run, check_same_data, check_step
+from lockstep.checks.training import (
+    check_cache,
+    check_choices,
+    check_data,
+    check_network,
+    check_run,
+    check_same_data,
+    check_step,
+)
 from lockstep.errors import UserError, first_line, is_first_of_machine
 from lockstep.settings.cli import parse_config
 from lockstep.settings.config import Config
@@ -33,6 +41,7 @@ CHECKS: dict[str, Check] = {
     "run": check_run,
     "data": check_data,
     "same data": check_same_data,
+    "cache": check_cache,
     "network": check_network,
     "step": check_step,
     "disk": check_disk,

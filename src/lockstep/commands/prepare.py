@@ -1,8 +1,9 @@
 """Fetch what a training needs, where there is internet: `lockstep prepare [train.py's arguments]`.
 
 For clusters whose compute nodes have none: run it on the login node with the arguments of the job. It downloads the
-data set and published weights, decodes a set that fits the cache, and says where everything went; these folders must
-be ones that compute nodes see. Nothing is trained, no run folder is made, and what is there is not fetched again.
+data set and published weights, decodes a set that fits the cache, checks every decoded image, and says where everything
+went; these folders must be ones that compute nodes see. Nothing is trained, no run folder is made, and what is there is
+not fetched again.
 """
 
 import logging
@@ -37,7 +38,7 @@ def prepare(config: Config) -> list[str]:
         data = build_data(config, run_dir_of(config), write=False)
     except UnreadableImage as error:
         raise _all_broken(config) from error
-    lines = [_describe(data, config), *_places(data, config), *_skipped(data)]
+    lines = [_describe(data, config), *_places(data, config), *_checked(data), *_skipped(data)]
     model = build_network(config, data, torch.device("cpu"), resumes=False)
     lines.append(f"network: {config.model.name}, {count_parameters(model):,} parameters")
     if config.model.published_weights:
@@ -73,6 +74,15 @@ def _broken_images(split: Split) -> Iterator[str]:
     rows = range(len(split))
     with ThreadPoolExecutor() as pool:
         yield from chain.from_iterable(pool.map(look, (rows[at : at + _TASK] for at in range(0, len(split), _TASK))))
+
+
+def _checked(data: Data) -> list[str]:
+    """Check all decoded images, those that were there before too; a line that says so."""
+    sets = (data.train, data.val, data.test)
+    decoded = {id(part.images): part.images for part in sets if part is not None and part.images is not None}
+    for images in decoded.values():
+        images.check()
+    return [f"checked: {sum(map(len, decoded.values()))} decoded images"] if decoded else []
 
 
 def _skipped(data: Data) -> list[str]:

@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from lockstep.data.decoded import DecodedImages, record_type, records_of
 from lockstep.data.sources.kinds import Split
 from lockstep.errors import UserError
 from lockstep.files import path_of, read_json, remove_unfinished, require_plain_file, written_aside
@@ -23,6 +25,7 @@ from lockstep.lease import held
 _logger = logging.getLogger(__name__)
 
 _RULE_VERSION = 2  # raise it when `decode` gives other pixels
+_FILE_VERSION = 2  # raise it when other things are kept of the same pixels
 SKIP = "set --data.on_error=skip"
 _BLOCK = 2048  # images decoded between two writes
 _TASK = 32  # images per task of the thread pool: one alone is too short to pay for the hand-over
@@ -175,28 +178,27 @@ def decode_cached(
     cache_dir: str | Path,
     fingerprint: str,
     on_error: Literal["raise", "skip"],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[DecodedImages, np.ndarray]:
     """All images of `split`, decoded once for all runs and kept as a file in `cache_dir`.
 
-    `shape` and `resize_size` are those of `decode`, `fingerprint` the source's. Returns uint8 (N, *shape), mapped
-    copy-on-write (processes share its pages, and writing to it never reaches the file), and bool (N,), true where an
-    image was skipped. Of several processes that call this at once, one decodes and the others wait. A damaged file is
+    `shape` and `resize_size` are those of `decode`, `fingerprint` the source's. Returns the images, mapped (processes
+    share the pages of the file) and checked when they are used, and bool (N,), true where an image was skipped. Of
+    several processes that call this at once, one decodes and the others wait. A file that is not what was written is
     reported and built again. Raises UserError for an unreadable image under `on_error="raise"`, for an image of
     another size, if all images are unreadable, and for a folder that cannot be written to or is full.
     """
-    key = json.dumps([fingerprint, split.name, len(split), shape, resize_size, on_error, _RULE_VERSION])
-    folder = path_of(cache_dir)
-    path = folder / f"{split.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
-    expected = (len(split), *shape)
+    path = _path(split, shape, resize_size, cache_dir, fingerprint, on_error)
+    folder = path.parent
+    open_whole = partial(_open, path, split, shape, resize_size)
     try:
-        cached = _open_verified(path, expected, warn=False)
+        cached = open_whole(warn=False)
         if cached is None:
             folder.mkdir(parents=True, exist_ok=True)
             with held(path.with_suffix(".lock")):
-                cached = _open_verified(path, expected, warn=True)
+                cached = open_whole(warn=True)
                 if cached is None:
                     _build(path, split, shape, resize_size, on_error)
-                    cached = _open_verified(path, expected, warn=True)
+                    cached = open_whole(warn=True)
     except OSError as error:
         raise UserError(
             f"the image cache {folder} cannot be written ({error.strerror or error}): make room there, set another "
@@ -207,19 +209,57 @@ def decode_cached(
     return cached
 
 
-def _open_verified(path: Path, shape: tuple[int, ...], *, warn: bool) -> tuple[np.ndarray, np.ndarray] | None:
-    """The cached arrays if both files are there and whole, else None."""
-    description_path = path.with_suffix(".json")
-    if not path.exists() and not description_path.exists():
+def find_cached(
+    split: Split,
+    shape: tuple[int, int, int],
+    resize_size: int | None,
+    cache_dir: str | Path,
+    fingerprint: str,
+    on_error: Literal["raise", "skip"],
+) -> DecodedImages | None:
+    """The images that `decode_cached` has kept; None, and nothing is decoded, where it would decode them."""
+    path = _path(split, shape, resize_size, cache_dir, fingerprint, on_error)
+    cached = _open(path, split, shape, resize_size, warn=False)
+    return None if cached is None else cached[0]
+
+
+def _path(
+    split: Split,
+    shape: tuple[int, int, int],
+    resize_size: int | None,
+    cache_dir: str | Path,
+    fingerprint: str,
+    on_error: Literal["raise", "skip"],
+) -> Path:
+    """Where the images are kept."""
+    versions = [_RULE_VERSION, _FILE_VERSION]
+    key = json.dumps([fingerprint, split.name, len(split), shape, resize_size, on_error, *versions])
+    return path_of(cache_dir) / f"{split.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the records of the images are kept, and the description, which is written last."""
+    return path.with_suffix(".records"), path.with_suffix(".json")
+
+
+def _open(
+    path: Path, split: Split, shape: tuple[int, int, int], resize_size: int | None, *, warn: bool
+) -> tuple[DecodedImages, np.ndarray] | None:
+    """The cached images and which were skipped, if the files are there and the records whole, else None."""
+    records_path, description_path = _beside(path)
+    if not any(file.exists() for file in (path, records_path, description_path)):
         return None
     try:
         description = read_json(description_path)
         require_plain_file(path)
+        require_plain_file(records_path)
         images = np.load(path, mmap_mode="c", allow_pickle=False)
-        skipped = np.zeros(shape[0], dtype=bool)
-        skipped[np.asarray(description["skipped"], dtype=np.int64)] = True
-        if images.shape == shape and images.dtype == np.uint8 and _checksum(images) == description["crc32"]:
-            return images, skipped
+        records = np.load(records_path, mmap_mode="r", allow_pickle=False)
+        is_as_expected = images.shape == (len(split), *shape) and images.dtype == np.uint8
+        is_as_expected &= records.shape == (len(split),) and records.dtype == record_type(shape[2])
+        if is_as_expected and zlib.crc32(records.view(np.uint8)) == description["records_crc32"]:
+            decode_again = partial(decode_row, split, shape=shape, resize_size=resize_size)
+            return DecodedImages(path, images, records, decode_again, split.where), records["skipped"] > 0
         problem = "its content differs from what was written"
     except UserError:
         raise
@@ -230,13 +270,6 @@ def _open_verified(path: Path, shape: tuple[int, ...], *, warn: bool) -> tuple[n
     return None
 
 
-def _checksum(images: np.ndarray) -> int:
-    checksum = 0
-    for start in range(0, len(images), _BLOCK):
-        checksum = zlib.crc32(images[start : start + _BLOCK], checksum)
-    return checksum
-
-
 def _build(
     path: Path,
     split: Split,
@@ -244,42 +277,48 @@ def _build(
     resize_size: int | None,
     on_error: Literal["raise", "skip"],
 ) -> None:
-    """Write the images, then their description, each aside and renamed, so that a kill leaves nothing half done."""
-    remove_unfinished(path.parent, path.name)
-    remove_unfinished(path.parent, path.with_suffix(".json").name)
+    """Write the images, their records, then a description, each aside and renamed: a kill leaves nothing half done."""
+    records_path, description_path = _beside(path)
+    description_path.unlink(missing_ok=True)  # it would describe older files, if this is killed between two of them
+    for written in (path, records_path, description_path):
+        remove_unfinished(path.parent, written.name)
     _logger.info("decoding %d images of the %s split into %s", len(split), split.name, path)
-    skipped: list[int] = []
-    checksum = 0
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *shape)}
+    records = np.zeros(len(split), record_type(shape[2]))
     with written_aside(path) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        for images, broken in _decoded_blocks(split, shape, resize_size, on_error):
-            checksum = zlib.crc32(images, checksum)
-            skipped += broken
+        start = 0
+        for images, described in _decoded_blocks(split, shape, resize_size, on_error):
             file.write(images)
-        if len(skipped) == len(split):
+            records[start : start + len(images)] = described
+            start += len(images)
+        if records["skipped"].all():
             raise UserError(f"none of the {len(split)} images of the {split.name} split can be decoded")
-    description: dict[str, Any] = {"images": len(split), "skipped": skipped, "crc32": checksum}
-    with written_aside(path.with_suffix(".json")) as file:
+    with written_aside(records_path) as file:
+        np.save(file, records, allow_pickle=False)
+    description = {"images": len(split), "records_crc32": zlib.crc32(records.view(np.uint8))}
+    with written_aside(description_path) as file:
         file.write(json.dumps(description).encode())
 
 
 def _decoded_blocks(
     split: Split, shape: tuple[int, int, int], resize_size: int | None, on_error: Literal["raise", "skip"]
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Consecutive images, uint8 (n, *shape), black where skipped, with the rows that were skipped."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive images, uint8 (n, *shape), black where skipped, with their records (n,)."""
 
-    def decode_rows(rows: range) -> tuple[np.ndarray, list[int]]:
+    def decode_rows(rows: range) -> tuple[np.ndarray, np.ndarray]:
         images = np.zeros((len(rows), *shape), dtype=np.uint8)
-        broken = []
+        skipped = np.zeros(len(rows), dtype=bool)
         for index, row in enumerate(rows):
             try:
                 images[index] = decode_row(split, row, shape, resize_size)
             except UnreadableImage:
                 if on_error == "raise":
                     raise
-                broken.append(row)
-        return images, broken
+                skipped[index] = True
+        records = records_of(images)
+        records["skipped"] = skipped
+        return images, records
 
     rows = range(len(split))
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, open_image
+from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, find_cached, open_image
 from lockstep.data.crop import read_crop
+from lockstep.data.decoded import DecodedImages
 from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.sources.source import Identity, spread
 from lockstep.data.split import divide, load_or_draw_split
@@ -23,7 +25,6 @@ _logger = logging.getLogger(__name__)
 
 SKIPPED_LABEL = -100  # what torch's losses ignore by default
 _PROBES = 32  # images looked at to learn size and channels
-_CHUNK = 256  # images summed at a time: so many squares of at most 255 are a whole number that float32 holds
 # Of ImageNet's training images, the field's usual constants; grey is the mean over the channels.
 _IMAGENET_MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
 _IMAGENET_STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
@@ -34,14 +35,14 @@ class ImageSet:
     """Samples for training or evaluation.
 
     Sample i has label `labels[i]` (int64 (N,), -100 where the image was skipped) and is row `rows[i]` (int64 (N,)) of
-    `split`. `images` is uint8 (M, H, W, C) over the rows of the whole split, so that its pixels are
-    `images[rows[i]]` and subsets share one tensor; None for a streamed set. `shape` is (C, H, W).
+    `split`. `images` are those of all rows of the split, so that its pixels are `images.take(rows[[i]])` and
+    subsets share them; None for a streamed set. `shape` is (C, H, W).
     """
 
     split: Split
     rows: Tensor
     labels: Tensor
-    images: Tensor | None
+    images: DecodedImages | None
     shape: tuple[int, int, int]
     resize_size: int | None
     on_error: Literal["raise", "skip"]
@@ -66,7 +67,7 @@ class ImageSet:
         """
         row = int(self.rows[index])
         if self.images is not None:
-            return None if self.labels[index] == SKIPPED_LABEL else self.images[row]
+            return None if self.labels[index] == SKIPPED_LABEL else self.images.take(self.rows[index].view(1))[0]
         channels, height, width = self.shape
         try:
             return torch.from_numpy(decode_row(self.split, row, (height, width, channels), self.resize_size).copy())
@@ -143,6 +144,14 @@ def build_data(
     return Data(train, val, test, source.classes, image_shape, num_classes, mean, std, source.identity)
 
 
+def find_decoded(config: Config) -> dict[str, DecodedImages | None]:
+    """Of each split that `build_data` would keep in memory, the images that an earlier start has decoded, if it did."""
+    source, data = open_source(config.data), config.data
+    geometry = _look_at(source.splits["train"], data, config.augment)
+    place = (geometry.shape, geometry.resize_size, data.cache_dir, source.fingerprint, data.on_error)
+    return {split.name: find_cached(split, *place) for split in _fitting(source, geometry, config)}
+
+
 def _divided(
     source: Source, sets: dict[str, ImageSet], config: Config, run_dir: Path | None, *, write: bool
 ) -> tuple[ImageSet, ImageSet | None]:
@@ -183,15 +192,22 @@ def _look_at(split: Split, data: DataConfig, augment: AugmentConfig) -> _Geometr
 
 def _image_sets(source: Source, geometry: _Geometry, config: Config) -> dict[str, ImageSet]:
     """Every split of the source, decoded or streamed; splits that are one object stay one."""
+    fitting = set(map(id, _fitting(source, geometry, config)))
+    sets = {}
+    for split in source.splits.values():
+        if id(split) not in sets:
+            fingerprint = source.fingerprint if id(split) in fitting else None
+            sets[id(split)] = _image_set(split, geometry, config.data, fingerprint)
+    return {name: sets[id(split)] for name, split in source.splits.items()}
+
+
+def _fitting(source: Source, geometry: _Geometry, config: Config) -> list[Split]:
+    """The splits that are decoded, once each; a training set whose random crops need larger pixels is none of them."""
     train_streams = config.augment.resized_crop > 0 and geometry.shrinks
     unique = {id(split): split for split in source.splits.values()}.values()
-    counted = [len(split) for split in unique if not (train_streams and split is source.splits["train"])]
-    fits = sum(counted) * int(np.prod(geometry.shape)) <= config.data.memory_budget * 2**30
-    sets = {}
-    for split in unique:
-        in_memory = fits and not (train_streams and split is source.splits["train"])
-        sets[id(split)] = _image_set(split, geometry, config.data, source.fingerprint if in_memory else None)
-    return {name: sets[id(split)] for name, split in source.splits.items()}
+    splits = [split for split in unique if not (train_streams and split is source.splits["train"])]
+    fits = sum(map(len, splits)) * int(np.prod(geometry.shape)) <= config.data.memory_budget * 2**30
+    return splits if fits else []
 
 
 def _image_set(split: Split, geometry: _Geometry, data: DataConfig, fingerprint: str | None) -> ImageSet:
@@ -199,10 +215,9 @@ def _image_set(split: Split, geometry: _Geometry, data: DataConfig, fingerprint:
     labels = torch.from_numpy(split.labels.copy())
     images = None
     if fingerprint is not None:
-        pixels, skipped = decode_cached(
+        images, skipped = decode_cached(
             split, geometry.shape, geometry.resize_size, data.cache_dir, fingerprint, data.on_error
         )
-        images = torch.from_numpy(pixels)
         labels[torch.from_numpy(skipped)] = SKIPPED_LABEL
         if skipped.any():
             first = split.where(int(np.flatnonzero(skipped)[0]))
@@ -225,20 +240,17 @@ def _normalization(
         return augment.mean * (channels // len(augment.mean)), augment.std * (channels // len(augment.std))
     if train.images is None:
         return _IMAGENET_MEAN[channels], _IMAGENET_STD[channels]
-    return _measure(train.images, train.rows[train.labels != SKIPPED_LABEL])
+    return _measure(train.images, train.rows[train.labels != SKIPPED_LABEL], math.prod(train.shape[1:]))
 
 
-def _measure(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of `images[rows]` / 255; a constant channel gets deviation 1."""
-    height, width, channels = images.shape[1:]
-    # All sums are whole numbers and exact, so that order and size of the chunks leave no trace.
-    sums = torch.zeros(2, height * width * channels, dtype=torch.float64)
-    for chunk in rows.split(_CHUNK):
-        pixels = images[chunk].reshape(len(chunk), -1).float()
-        sums += torch.stack([pixels.sum(0), pixels.square_().sum(0)])
-    total, squares = sums.numpy()
-    count = len(rows) * height * width
-    mean = total.reshape(-1, channels).sum(axis=0) / count
-    variance = squares.reshape(-1, channels).sum(axis=0) / count - mean**2
+def _measure(images: DecodedImages, rows: Tensor, area: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of those of `images`, of `area` pixels each, / 255.
+
+    A constant channel gets deviation 1.
+    """
+    total, squares = images.sums(rows)  # whole numbers, exact
+    count = len(rows) * area
+    mean = total / count
+    variance = squares / count - mean**2
     std = np.sqrt(np.maximum(variance, 0))
     return tuple((mean / 255).tolist()), tuple(np.where(std > 0, std / 255, 1.0).tolist())

@@ -100,7 +100,7 @@ class TrainLoader:
         samples, repeats = to_device(torch.from_numpy(np.stack(parts)), self._launch.device)
         rows = self._rows[samples]
         keys = sample_keys(self._config.run.seed, block[0].epoch, rows, repeats)
-        return Batch(self._images.index_select(0, rows), self._labels[samples], keys)
+        return Batch(self._images.take(rows), self._labels[samples], keys)
 
     def _keys(self, microbatch: Microbatch) -> Tensor:
         """On the host, for the workers that decode."""
@@ -148,7 +148,7 @@ class EvaluationLoader:
         batches = [torch.arange(start, min(start + size, len(self.data))) for start in starts]
         if self.data.images is not None:
             for samples in batches:
-                images, labels = self.data.images.index_select(0, self.data.rows[samples]), self.data.labels[samples]
+                images, labels = self.data.images.take(self.data.rows[samples]), self.data.labels[samples]
                 yield to_device(samples, device), to_device(images, device), to_device(labels, device)
             return
         requests = (Request(samples.tolist(), samples.tolist()) for samples in batches)
