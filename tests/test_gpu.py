@@ -11,12 +11,14 @@ from fork_server import ForkServer
 from launches import NETWORKS as PROVED
 from launches import PROOF, train_on
 from runs import differences
+from soak import STREAMED
 from steps import EVERYTHING, NETWORKS
 from stretch import prepared, stretch
 
+from lockstep.data import loader
 from lockstep.errors import UserError
 from lockstep.launch.preemption import Preemption
-from lockstep.launch.transfer import to_device
+from lockstep.launch.transfer import copied, to_device
 from lockstep.run.digest import digest
 from lockstep.run.folder import read_summary
 from lockstep.training import memory
@@ -90,6 +92,34 @@ def test_a_copy_to_the_device_is_pinned_and_right() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(tensor.cpu(), numbers + i) for i, tensor in enumerate(there))
+
+
+def test_batches_copied_beside_slow_work_are_those_that_it_sees() -> None:
+    """Without the wait it would see what was there before; without the memory kept for it, what comes after."""
+    batches = ((torch.full((2**20,), i).pin_memory(), torch.tensor([i]).pin_memory()) for i in range(200))
+    sums = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, number in copied(batches, torch.device("cuda")):
+            torch.cuda._sleep(10**6)  # about half a millisecond of the GPU: the host runs ahead
+            sums.append((images - number).abs().sum() + images.sum())
+            del images, number  # whose memory the next may have
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(sums).tolist() == [i * 2**20 for i in range(200)]
+
+
+def test_a_streamed_run_has_the_bits_of_one_that_copies_in_order(
+    train_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*PROOF, *PROVED["fashion_cnn"], *STREAMED)
+    beside = train_here(*settings, "--run.name=beside")
+
+    def in_order(batches: Iterator[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[Any]:
+        return (tuple(to_device(part, device) for part in batch) for batch in batches)
+
+    monkeypatch.setattr(loader, "copied", in_order)
+    assert differences(train_here(*settings, "--run.name=in_order"), beside) == []
 
 
 def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(fresh_accelerate: None) -> None:

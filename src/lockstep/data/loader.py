@@ -27,7 +27,7 @@ from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.machine import local_processes, shared_memory_free, signal_at_death_of_parent
-from lockstep.launch.transfer import to_device
+from lockstep.launch.transfer import copied, to_device
 from lockstep.randomness import sample_keys
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
 
@@ -110,8 +110,8 @@ class TrainLoader:
     def _stream(self, microbatches: Iterator[Microbatch]) -> Iterator[Batch]:
         min_area = self._config.augment.resized_crop if self._precrops else 0.0
         requests = (Request(m.samples.tolist(), self._keys(m).tolist(), min_area) for m in microbatches)
-        for images, labels, keys in _data_loader(self._data, requests, self._workers(), self._launch):
-            yield Batch(*(to_device(part, self._launch.device) for part in (images, labels, keys)))
+        batches = _data_loader(self._data, requests, self._workers(), self._launch)
+        yield from map(Batch._make, copied(batches, self._launch.device))
 
     def _workers(self) -> int:
         batch_bytes = self.sampler.micro_batch_size * math.prod(self._data.shape)
@@ -153,8 +153,8 @@ class EvaluationLoader:
             return
         requests = (Request(samples.tolist(), samples.tolist()) for samples in batches)
         workers = choose_workers(self._config.data, self._launch, size * math.prod(self.data.shape))
-        for images, labels, samples in _data_loader(self.data, requests, workers, self._launch):
-            yield to_device(samples, device), to_device(images, device), to_device(labels, device)
+        for images, labels, samples in copied(_data_loader(self.data, requests, workers, self._launch), device):
+            yield samples, images, labels
 
 
 class Request(NamedTuple):
