@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pictures import augmented
 
 from lockstep.augment.transform import build_transform
 from lockstep.data.images import SKIPPED_LABEL, Data, build_data
@@ -63,7 +64,7 @@ def test_streamed_crops_are_those_of_training(tmp_path: Path) -> None:
 
     key = sample_keys(config.run.seed, 0, data.train.rows[:1], torch.zeros(1, dtype=torch.int64))
     ((crop, _),) = read_samples(data.train, [0], key, 0.2)
-    plain = build_transform(config, data.mean, data.std, data.num_classes, precropped=True).train(crop[None], key)
+    plain = augmented(build_transform(config, data.mean, data.std, data.num_classes, precropped=True), crop[None], key)
     assert plain.shape == (1, 3, 16, 16) and np.array_equal(samples[0][1], crop.numpy())
 
 

@@ -17,15 +17,16 @@ import os, runpy, sys, time
 from lockstep.data.loader import TrainLoader
 
 train, slow_rank = sys.argv.pop(1), int(sys.argv.pop(1))
-gather = TrainLoader._gather
+batches = TrainLoader.batches
 
 
-def slowly(self, microbatch):
-    time.sleep(0.2 if int(os.environ["RANK"]) == slow_rank else 0)
-    return gather(self, microbatch)
+def slowly(self, *arguments):
+    for batch in batches(self, *arguments):
+        time.sleep(0.2 if int(os.environ["RANK"]) == slow_rank else 0)
+        yield batch
 
 
-TrainLoader._gather = slowly
+TrainLoader.batches = slowly
 sys.argv[0] = train
 runpy.run_path(train, run_name="__main__")
 """
