@@ -181,21 +181,26 @@ def finish_gradients(
     accelerator.unscale_gradients()
     if config.l1:
         add_l1_gradient(parameters.values(), config.l1)
-    norm = _total_norm([p.grad for p in parameters.values() if p.grad is not None])
-    if config.clip_norm is not None and config.clip_mode == "norm":
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
-    elif config.clip_norm is not None:
-        _CLIP_MODES[config.clip_mode](parameters, config.clip_norm)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = _total_norm(gradients)
+    if config.clip_norm is not None and gradients:
+        _CLIP_MODES[config.clip_mode](parameters, config.clip_norm, norm)
     return norm, ~(norm < math.inf)  # which a NaN is not either
 
 
-def _clip_values(parameters: dict[str, nn.Parameter], largest: float) -> None:
+def _clip_norm(parameters: dict[str, nn.Parameter], largest: float, norm: Tensor) -> None:
+    """As torch's clip_grads_with_norm_, which sorts gradients by device and type first; ours are of one device."""
+    gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
+    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1))
+
+
+def _clip_values(parameters: dict[str, nn.Parameter], largest: float, norm: Tensor) -> None:
     gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
     torch._foreach_clamp_min_(gradients, -largest)
     torch._foreach_clamp_max_(gradients, largest)
 
 
-def _clip_adaptively(parameters: dict[str, nn.Parameter], share: float) -> None:
+def _clip_adaptively(parameters: dict[str, nn.Parameter], share: float, norm: Tensor) -> None:
     """Unit by unit, to a share of the norm of its weights, but for the last layer (https://arxiv.org/abs/2102.06171)."""
     from timm.utils.agc import adaptive_clip_grad  # here, because timm takes seconds to import
 
@@ -205,7 +210,7 @@ def _clip_adaptively(parameters: dict[str, nn.Parameter], share: float) -> None:
     )
 
 
-_CLIP_MODES = {"value": _clip_values, "agc": _clip_adaptively}
+_CLIP_MODES = {"norm": _clip_norm, "value": _clip_values, "agc": _clip_adaptively}
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
@@ -213,8 +218,9 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     if any(is_sharded(gradient) for gradient in gradients):
         # Each is whole for a moment: norms of parts would be added up in another order.
         norms = [torch.linalg.vector_norm(whole(gradient)) for gradient in gradients]
-        return torch.linalg.vector_norm(torch.stack(norms))
-    return torch.nn.utils.get_total_norm(gradients)
+    else:
+        norms = list(torch._foreach_norm(gradients))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def update(optimizer: AcceleratedOptimizer, bad: Tensor) -> None:
