@@ -35,6 +35,19 @@ def test_by_hand() -> None:
     assert ranking.average_precision == 0.75 and ranking.auc == 0.625
 
 
+def test_a_chart_leaves_out_what_lies_on_straight_lines_first() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.random(5_000)
+    positive = generator.random(5_000) < 0.02 * scores
+    ranking = rank_class(scores, positive)
+    assert ranking is not None and len(ranking.recall) == 5_001
+    thin = ranking.thinned(200)
+    assert len(thin.recall) < 200 and (thin.recall[0], thin.recall[-1]) == (0, 1)
+    assert np.trapezoid(thin.recall, thin.false_positive_rate) == pytest.approx(ranking.auc, abs=1e-12)
+    assert (np.diff(thin.recall) * thin.precision[1:]).sum() == pytest.approx(ranking.average_precision, abs=1e-12)
+    assert len(ranking.thinned(30).recall) == 30 and ranking.thinned(30).recall[-1] == 1
+
+
 def test_classes_without_a_ranking_are_left_out() -> None:
     labels = np.array([0, 0, 2, 2])  # class 1 has no sample
     probabilities = np.full((4, 3), 1 / 3, np.float32)

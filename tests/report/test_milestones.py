@@ -1,5 +1,7 @@
-"""What happens at milestones: here, that processes hold the same weights. All else is seen in whole trainings."""
+"""What happens at milestones: here, what is not seen in whole trainings."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from lockstep.errors import UserError
-from lockstep.report.milestones import Training, require_same_weights
+from lockstep.report.milestones import Training, require_same_weights, young_garbage
 from lockstep.run.folder import LostFolder
 
 
@@ -50,3 +52,22 @@ def test_of_two_that_differ_nobody_knows_which_is_right() -> None:
 def test_a_folder_that_is_lost_ends_the_training() -> None:
     with pytest.raises(LostFolder, match="^runs/x was removed while it was trained here"):
         require_same_weights(training(5, 5, problem="was removed"), 5)
+
+
+class Ring:
+    """Refers to itself: garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_the_end_of_a_run_collects_its_own_garbage_alone() -> None:
+    old = weakref.ref(Ring())
+    with pytest.raises(UserError), young_garbage():
+        young = weakref.ref(Ring())
+        gc.collect()
+        assert old() is not None and young() is None
+        raise UserError("no end is like another")
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert old() is None

@@ -29,8 +29,13 @@ class Ranking:
     """Area under the ROC: the probability that a sample of the class ranks before another"""
 
     def thinned(self, most: int) -> "Ranking":
-        """At most so many of its points, for a chart, both ends among them."""
-        kept = np.unique(np.linspace(0, len(self.recall) - 1, most).round().astype(int))
+        """At most so many of its points, for a chart, both ends among them.
+
+        Those amid samples of other classes go first: straight lines of both charts lead through them.
+        """
+        same = np.diff(self.recall) == 0
+        corners = np.flatnonzero(~np.concatenate([[False], same[:-1] & same[1:], [False]]))
+        kept = corners[np.unique(np.linspace(0, len(corners) - 1, most).round().astype(int))]
         return replace(
             self,
             recall=self.recall[kept],

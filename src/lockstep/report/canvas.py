@@ -3,9 +3,11 @@
 Figures are made with matplotlib's object API alone: no global state, no window, safe on any machine and in any thread.
 """
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockstep.files import written_aside
 from lockstep.report.fonts import drawable, set_fonts
@@ -36,7 +38,7 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
 
 def dress(axes: "Axes", title: str, x_label: str = "Epoch") -> None:
     """Title, label of the horizontal axis, quiet lines."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=8)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=8, y=1.0)
     axes.set_xlabel(x_label, color=INK, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
@@ -53,7 +55,7 @@ def scale(axes: "Axes", *, percent: bool) -> None:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Places of images of one shape in a grid on one pair of axes: with axes of its own for each, 48 took 1.3 s.
+    """Places of images of one shape in a grid on one pair of axes.
 
     Images are 1 wide; rows go down from 0.
     """
@@ -88,6 +90,27 @@ class Tiles:
         return self.extent(self.rows - 1, 0)[2] - self.gap / 2, self.gap / 2
 
 
+def draw_tiles(axes: "Axes", tiles: Tiles, rows: "Sequence[np.ndarray]") -> None:
+    """Rows of images, uint8 (N, H, W, C), C = 1 or 3, in their places; a shorter row leaves its last places empty.
+
+    As one picture of all: 48 pictures took 0.1 s more to draw.
+    """
+    import numpy as np
+
+    height, width, channels = rows[0].shape[1:]
+    assert channels in (1, 3), channels
+    sheet = np.full((tiles.rows * (height + 1), tiles.columns * (width + 1), 3), 255, np.uint8)  # paper between them
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            top, left = row * (height + 1), column * (width + 1)
+            sheet[top : top + height, left : left + width] = image
+    x = [np.linspace(*tiles.extent(0, column)[:2], width + 1) for column in range(tiles.columns)]
+    y = [np.linspace(*tiles.extent(row, 0)[:1:-1], height + 1) for row in range(tiles.rows)]
+    axes.pcolorfast(np.concatenate(x), np.concatenate(y), sheet[:-1, :-1])
+    axes.set(xticks=[], yticks=[], aspect="equal", xlim=tiles.xlim, ylim=tiles.ylim)
+    axes.spines[:].set_visible(False)
+
+
 def draw_image(axes: "Axes", image: "np.ndarray", extent: tuple[float, float, float, float] | None = None) -> None:
     """uint8 (H, W, C), C = 1 or 3, without lines around it; `extent`: its place among others, as of `Tiles`."""
     axes.set(xticks=[], yticks=[])
@@ -105,11 +128,17 @@ def shorten(text: str, most: int) -> str:
 
 def save(figure: "Figure", path: Path) -> "Figure":
     """Write a PNG file, as a whole or not at all."""
+    from PIL import Image
+
     set_fonts(figure)
     if layout := figure.get_layout_engine():
         # Now and for good: every drawing, here and by trackers, would draw once more to find the layout.
         layout.execute(figure)
         figure.set_layout_engine("none")
+    canvas: Any = figure.canvas
+    canvas.draw()  # figure.savefig would draw twice
+    # By runs of equal pixels, and without the transparency that paper does not have: half the time of the usual PNG.
+    sheet = Image.frombytes("RGB", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBX")
     with written_aside(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        sheet.save(file, format="png", dpi=(DPI, DPI), compress_type=zlib.Z_RLE)
     return figure

@@ -17,7 +17,7 @@ from lockstep.report.canvas import (
     MOST_NAMES,
     SPLIT_COLORS,
     Tiles,
-    draw_image,
+    draw_tiles,
     dress,
     new_figure,
     save,
@@ -131,7 +131,7 @@ def plot_confusion_matrix(counts: "np.ndarray", classes: Sequence[str], path: Pa
     if len(classes) <= _MOST_COUNTS:
         _write_counts(axes, counts, shares)
     _name_classes(axes, classes)
-    axes.set_title(title.replace("%", " %"), color=INK, fontsize=12, fontweight="bold", loc="left", pad=10)
+    axes.set_title(title.replace("%", " %"), color=INK, fontsize=12, fontweight="bold", loc="left", pad=10, y=1.0)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, aspect=30, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share * 100:.0f} %")
     bar.set_label("share of the true class", color=INK)
@@ -168,16 +168,14 @@ def plot_samples(
     tiles = Tiles(columns, rows, images.shape[1] / images.shape[2], room)
     figure = new_figure(columns * 1.7, rows * (1.5 * tiles.tall + 1.5 * room + 0.1))
     axes = figure.subplots()
+    draw_tiles(axes, tiles, [images[first : min(first + columns, number)] for first in range(0, number, columns)])
     for index in range(number):
-        row, column = divmod(index, columns)
-        draw_image(axes, images[index], extent=tiles.extent(row, column))
-        left, right, bottom, top = tiles.extent(row, column)
+        left, right, bottom, top = tiles.extent(*divmod(index, columns))
         color = _WRONG if marks[index] else INK
         axes.text((left + right) / 2, top + 0.03, _lines(titles[index]), fontsize=10, color=color, ha="center")
         if marks[index]:
             corner, width, height = (left, bottom), right - left, top - bottom
             axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=_WRONG, linewidth=2))
-    axes.set(xlim=tiles.xlim, ylim=tiles.ylim)
     return save(figure, path)
 
 
@@ -193,14 +191,11 @@ def plot_gallery(rows: "Sequence[tuple[str, np.ndarray]]", titles: Sequence[str]
     tiles = Tiles(columns, len(rows), rows[0][1].shape[1] / rows[0][1].shape[2])
     figure = new_figure(2.2 + columns * 1.35, 0.5 + len(rows) * 1.35 * max(tiles.tall, 0.3))
     axes = figure.subplots()
-    for row, (_, images) in enumerate(rows):
-        for column, image in enumerate(images):
-            draw_image(axes, image, extent=tiles.extent(row, column))
+    draw_tiles(axes, tiles, [images for _, images in rows])
     names = [shorten(name, LONGEST_NAME) for name, _ in rows]
     axes.set_yticks([tiles.centre(row, 0)[1] for row in range(len(rows))], names, fontsize=11, color=INK)
     axes.set_xticks([tiles.centre(0, column)[0] for column in range(len(titles))], titles, fontsize=10, color=INK)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.set(xlim=tiles.xlim, ylim=tiles.ylim)
     return save(figure, path)
 
 
@@ -218,7 +213,7 @@ def _draw_metric(axes: "Axes", title: str, curves: dict[str, list[Point]], *, pe
     for split, points in curves.items():
         _draw_line(axes, split, points, shown)
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.6)
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.6).set_in_layout(False)
 
 
 def _draw_line(axes: "Axes", split: str, points: list[Point], shown: str) -> None:
@@ -328,7 +323,7 @@ def _write_counts(axes: "Axes", counts: "np.ndarray", shares: "np.ndarray") -> N
     for row, column in zip(*counts.nonzero(), strict=True):
         color = "white" if shares[row, column] > 0.5 else INK
         count = int(counts[row, column])
-        axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=size)
+        axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=size, in_layout=False)
 
 
 def _name_classes(axes: "Axes", classes: Sequence[str]) -> None:

@@ -1,9 +1,13 @@
 """What happens at the milestones of a training: a line of the log, a validation, a save, a pause, the end."""
 
+import gc
 import math
 import platform
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from lockstep.launch.load import node_loads
 from lockstep.launch.preemption import Preemption
 from lockstep.lease import Lease
 from lockstep.report.account import describe_account, share_of_peak
+from lockstep.report.canvas import new_figure
 from lockstep.report.summary import not_fatal, report_divergence, report_findings, report_pause, report_training
 from lockstep.run.checkpoint import Checkpointer
 from lockstep.run.digest import as_text, digest
@@ -129,6 +134,17 @@ def pause(t: Training) -> int:
     return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
 
 
+@contextmanager
+def young_garbage() -> Iterator[None]:
+    """Within it, collections of garbage leave alone what is there already: a walk through torch took 0.16 s."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@young_garbage()
 def finish(t: Training) -> int:
     """Test the best weights and close the run; returns the exit code."""
     t.profiler.close()
@@ -137,6 +153,8 @@ def finish(t: Training) -> int:
         t.checkpointer.wait()
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     account = account_of(t)
+    if t.launch.is_main and t.run.config.log.figures:
+        Thread(target=new_figure, args=(1, 1)).start()  # imports matplotlib, while the network is tested
     seen = look(t)
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(

@@ -43,5 +43,6 @@ def plot_rankings(rankings: dict[int, Ranking], classes: Sequence[str], path: Pa
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.grid(color=GRID, linewidth=0.8)
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], names[::-1], title=title, frameon=False, labelcolor=INK, fontsize=9.5)
+        legend = axes.legend(handles[::-1], names[::-1], title=title, frameon=False, labelcolor=INK, fontsize=9.5)
+        legend.set_in_layout(False)  # it lies within
     return save(figure, path)
