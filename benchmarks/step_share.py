@@ -5,8 +5,8 @@
 
 Both are the same network and optimizer in one process, in bf16, on random images of 28x28 (grey) or 32x32. The loop has
 everything on: random crops and flips, label smoothing, clipping, an average of the weights, the sums that are logged.
-The bare step is forward, loss, backward and fused update on one batch that stays. Medians over stretches; the share is
-the median over pairs of them. docs/performance.md has some.
+The bare step is forward, the same loss, backward and fused update on one batch that stays. Medians over stretches; the
+share is the median over pairs of them. docs/performance.md has some.
 """
 
 import argparse
@@ -66,8 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny_cnn", "simple_cnn", "fashion_cnn", "cifar10_cnn"])
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=15, help="of a stretch")
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument(
+        "--steps", type=int, default=64, help="of a stretch: each begins with 4 ms for the order of so many"
+    )
+    parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
     print(
         f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batches of {options.batch_size}"

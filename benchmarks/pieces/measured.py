@@ -119,10 +119,11 @@ def bare_step(training: Any, size: int) -> Callable[[int], None]:
     learner, device = training.learner, training.launch.device
     images = torch.rand(size, *training.data.image_shape, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(size, dtype=torch.int64, device=device)
+    label_smoothing = learner.config.train.label_smoothing
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            F.cross_entropy(learner.network(images), labels).backward()
+            F.cross_entropy(learner.network(images), labels, label_smoothing=label_smoothing).backward()
             learner.optimizer.optimizer.step()
             learner.optimizer.optimizer.zero_grad()
 

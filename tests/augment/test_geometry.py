@@ -44,8 +44,9 @@ def test_padded_crop_reaches_every_offset() -> None:
 
 
 @pytest.mark.parametrize(("changes", "axis"), [({"flip": True}, 3), ({"vertical_flip": True}, 2)])
-def test_flips_mirror_half_of_the_images(changes: dict[str, Any], axis: int) -> None:
-    images = images_of(2000, 4, 3)
+@pytest.mark.parametrize("size", [(8, 8), (4, 3), (2, 3), (3, 5)])  # of 192, 36, 18 and 45 bytes
+def test_flips_mirror_half_of_the_images(changes: dict[str, Any], axis: int, size: tuple[int, int]) -> None:
+    images = images_of(2000, *size)
     output, plain = augmented(unscaled(**changes), images, keys_of(2000)), unscaled().evaluate(images)
     kept = (output == plain).flatten(1).all(1)
     assert torch.equal(output[~kept], plain[~kept].flip(axis))

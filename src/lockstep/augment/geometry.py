@@ -41,10 +41,15 @@ def vertical_flip(images: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor
     return _mirrored(images, draw(keys, "vertical_flip", 1)[:, 0] < 0.5, axis=1)
 
 
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
 def _mirrored(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
-    # Whole images are copied from both: a choice for each pixel takes three times as long on a CPU.
-    both = torch.cat([images, images.flip(axis)])
-    return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * chosen)
+    # By words of as many bytes as divide an image: a choice for each byte takes six times as long on a CPU.
+    image_bytes = math.prod(images.shape[1:])
+    word = next(word for word in _WORDS if image_bytes % word.itemsize == 0)
+    plain, mirrored = (version.reshape(-1, image_bytes).view(word) for version in (images, images.flip(axis)))
+    return torch.where(chosen[:, None], mirrored, plain).view(torch.uint8).view(images.shape)
 
 
 # ---- warps: matrices (B, 3, 3) that map output to input coordinates in [-1, 1]; aspect is width / height
