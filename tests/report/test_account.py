@@ -23,7 +23,7 @@ SOUND = {
 
 
 def test_the_line_tells_what_took_time() -> None:
-    line = describe_account(SOUND, LAUNCH)
+    line = describe_account(SOUND, LAUNCH, streams=True)
     expected = "time: compute 90%, data 5%, validation 4%, saving 1%; computing at 19% of this machine's bf16 peak"
     assert line == f"{expected}; started in 6.8 s"
 
@@ -39,8 +39,10 @@ def test_the_line_tells_what_took_time() -> None:
     ],
 )
 def test_what_takes_too_much_comes_with_advice(key: str, advice: str) -> None:
-    assert advice not in describe_account(SOUND, LAUNCH)
-    assert advice in describe_account({**SOUND, key: 0.5}, LAUNCH)
+    assert advice not in describe_account(SOUND, LAUNCH, streams=True)
+    assert advice in describe_account({**SOUND, key: 0.5}, LAUNCH, streams=True)
+    in_memory = describe_account({**SOUND, key: 0.5}, LAUNCH, streams=False)
+    assert (advice in in_memory) == (key != "data_share"), "nobody decodes images that are in memory"
 
 
 def test_the_share_of_the_peak_is_what_a_step_needs_over_what_a_product_reaches(

@@ -1,7 +1,5 @@
 """What all pictures share: here, that a file holds what matplotlib's own writing draws, which does so twice."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +26,3 @@ def test_a_picture_is_drawn_once_and_is_the_one_that_matplotlib_writes(
         assert own.mode == "RGB" and own.info["dpi"] == pytest.approx((DPI, DPI), abs=0.1)
         assert np.array_equal(np.asarray(own), np.asarray(usual.convert("RGB")))
     assert (tmp_path / "own.png").stat().st_size < 1.3 * (tmp_path / "usual.png").stat().st_size
-
-
-def test_matplotlib_is_imported_without_the_listings_of_its_docstrings() -> None:
-    """A process of its own, as only the first import counts; `kwdoc` may have another name one day."""
-    program = """
-from matplotlib import artist
-
-artist.ArtistInspector.pprint_setters = lambda self, *_, **__: print("listed", self.o) or []
-from lockstep.report.canvas import new_figure
-assert new_figure(1, 1).subplots().set_title("Title").get_text() == "Title"
-"""
-    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert ran.stdout == ""

@@ -29,8 +29,8 @@ _TOO_MUCH = {
 """From which share on, and what to change"""
 
 
-def describe_account(account: dict[str, float], launch: Launch) -> str:
-    """One line of `account_of`, and what to change where a share is too large."""
+def describe_account(account: dict[str, float], launch: Launch, *, streams: bool) -> str:
+    """One line of `account_of`, and what to change where a share is too large; `streams`: images are not in memory."""
     shares = [
         f"{words} {account[key]:.0%}"
         for key, words in _WORDS.items()
@@ -40,8 +40,10 @@ def describe_account(account: dict[str, float], launch: Launch) -> str:
     if "peak_share" in account:
         line += f"; computing at {account['peak_share']:.0%} of this machine's {launch.precision_name} peak"
     line += f"; started in {account['started_seconds']:.1f} s"
-    advice = [text for key, (most, text) in _TOO_MUCH.items() if account[key] > most]
-    return "; ".join([line, *advice])
+    advice = {key: text for key, (most, text) in _TOO_MUCH.items() if account[key] > most}
+    if not streams:
+        advice.pop("data_share", None)
+    return "; ".join([line, *advice.values()])
 
 
 def share_of_peak(model: nn.Module, shape: tuple[int, int, int], images_per_second: float, launch: Launch) -> float:

@@ -26,10 +26,6 @@ LONGEST_NAME = 20
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":
     """A white sheet."""
-    from matplotlib import artist
-
-    # Listing all properties for the docstrings of its classes is a quarter of matplotlib's import: 0.07 s.
-    artist.kwdoc = lambda artist: ""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -5,7 +5,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
 
@@ -144,6 +144,11 @@ def young_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _import_matplotlib() -> None:
+    with suppress(Exception):  # which the first picture tells of
+        new_figure(1, 1)
+
+
 @young_garbage()
 def finish(t: Training) -> int:
     """Test the best weights and close the run; returns the exit code."""
@@ -154,7 +159,7 @@ def finish(t: Training) -> int:
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     account = account_of(t)
     if t.launch.is_main and t.run.config.log.figures:
-        Thread(target=new_figure, args=(1, 1)).start()  # imports matplotlib, while the network is tested
+        Thread(target=_import_matplotlib).start()  # while the network is tested
     seen = look(t)
     t.checkpointer.load_best()
     predictions = t.learner.evaluate(
@@ -168,7 +173,7 @@ def finish(t: Training) -> int:
     t.tracker.log(test_record(t.progress, t.calendar, predictions) | account)
     report_findings(t.run, t.tracker, t.data.num_classes, seen, predictions)
     if account:
-        t.tracker.say(describe_account(account, t.launch))
+        t.tracker.say(describe_account(account, t.launch, streams=t.data.train.images is None))
     report_training(t.run, t.tracker, t.progress, t.calendar, predictions, t.data)
     return 0
 
