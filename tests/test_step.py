@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import step_share
 import torch
+from pieces.measured import bare_step
 from steps import EVERYTHING, NETWORKS
 from stretch import prepared, stretch
 from torch import Tensor
@@ -52,6 +54,31 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(network: str, on_meta: No
             stretch(training, steps=4)  # by lot, some with mixup and some with cutmix
         assert training.progress.step == 5 and training.learner.optimizer.optimizer.defaults["fused"]
         assert next(training.learner.model.parameters()).is_meta
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_has_few_operations_beside_network_loss_and_update(fresh_accelerate: None) -> None:
+    """Each costs up to 20 microseconds, whatever it holds; there were 225 once."""
+    settings = (*step_share.SETTINGS, "--model.name=cifar10_cnn", "--data.source=synthetic:32x32x3x512")
+    with prepared(*settings, "--train.batch_size=16", "--train.micro_batch_size=16") as training:
+        stretch(training, steps=2)
+        with Operations() as ours:
+            stretch(training, steps=32)
+        bare = bare_step(training, 16)
+        with Operations() as others:
+            bare(32)
+    assert ours.count - others.count < 62 * 32, (ours.count / 32, others.count / 32)
 
 
 SLIPS: dict[str, Callable[[Tensor], Any]] = {
