@@ -158,7 +158,7 @@ def fit(t: Training) -> int:
         if due.histograms:
             t.tracker.histograms(step + 1, histograms_of(learner.model))
         update(learner.optimizer, bad)
-        learner.optimizer.optimizer.zero_grad()
+        learner.optimizer.optimizer.zero_grad()  # Accelerate's own takes 0.1 ms to call it
         t.statistics.commit(bad)
         t.meter.finish_step(bad)
         if learner.average:
