@@ -1,6 +1,7 @@
 """What happens at milestones: here, what is not seen in whole trainings."""
 
 import gc
+import time
 import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from typing import Any, cast
 import pytest
 
 from lockstep.errors import UserError
-from lockstep.report.milestones import Training, require_same_weights, young_garbage
+from lockstep.report import milestones
+from lockstep.report.milestones import Training, matplotlib_imported, require_same_weights, young_garbage
 from lockstep.run.folder import LostFolder
 
 
@@ -71,3 +73,23 @@ def test_the_end_of_a_run_collects_its_own_garbage_alone() -> None:
     assert gc.get_freeze_count() == 0
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_matplotlib_is_imported_when_what_is_done_beside_it_is_over(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def slow_and_broken(width: float, height: float) -> None:
+        seen.append("begins")
+        time.sleep(0.2)
+        seen.append("ends")
+        raise ImportError("no font in this house")
+
+    monkeypatch.setattr(milestones, "new_figure", slow_and_broken)
+    with matplotlib_imported(wanted=wanted):
+        time.sleep(0.1)
+        seen.append("tested")
+    assert seen == (["begins", "tested", "ends"] if wanted else ["tested"])
+    assert capfd.readouterr() == ("", ""), "what cannot be drawn is said when it is drawn"

@@ -5,9 +5,9 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
 
 from torch import Tensor
 
@@ -144,9 +144,16 @@ def young_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _import_matplotlib() -> None:
-    with suppress(Exception):  # which the first picture tells of
-        new_figure(1, 1)
+@contextmanager
+def matplotlib_imported(*, wanted: bool) -> Iterator[None]:
+    """Beside what is done within it, and when that is over: seen, two threads that import it at once find it half done.
+
+    An error waits for the first picture.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        if wanted:
+            beside.submit(new_figure, 1, 1)
+        yield
 
 
 @young_garbage()
@@ -158,13 +165,13 @@ def finish(t: Training) -> int:
         t.checkpointer.wait()
         report_divergence(t.run, t.tracker, t.progress, t.loader.sampler)
     account = account_of(t)
-    if t.launch.is_main and t.run.config.log.figures:
-        Thread(target=_import_matplotlib).start()  # while the network is tested
-    seen = look(t)
-    t.checkpointer.load_best()
-    predictions = t.learner.evaluate(
-        t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=t.run.config.log.figures
-    )
+    figures = t.run.config.log.figures
+    with matplotlib_imported(wanted=t.launch.is_main and figures):
+        seen = look(t)
+        t.checkpointer.load_best()
+        predictions = t.learner.evaluate(
+            t.data.test, t.data.num_classes, t.preemption.wanted, with_probabilities=figures
+        )
     t.stopwatch.read()
     if predictions is None:
         return report_pause(t.run, t.tracker, t.progress, t.calendar, t.preemption)
