@@ -56,6 +56,13 @@ def test_without_settings_training_only_normalises() -> None:
     assert torch.equal(augmented(transform, images, keys_of()), transform.evaluate(images))
 
 
+def test_normalisation_leaves_its_input_as_it_was() -> None:
+    images = images_of()
+    pixels = images.double()  # which needs no copy to become what is computed with
+    assert torch.equal(unscaled().evaluate(pixels), unscaled().evaluate(images))
+    assert torch.equal(pixels, images.double())
+
+
 def test_normalisation_follows_every_transform() -> None:
     images, keys, std = images_of(), keys_of(), (0.1, 0.2, 0.3)
     changes = {key: value for key, value in EVERYTHING.items() if key != "erasing"}

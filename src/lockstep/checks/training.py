@@ -141,7 +141,7 @@ def _train_once(parts: Parts) -> tuple[float, float, int]:
     quick = replace(config, data=replace(config.data, workers=min(abs(config.data.workers), 1)))
     sampler = build_sampler(config, data.train.drawn_labels, parts.micro_batch_size)
     loader = TrainLoader(data.train, sampler, launch, quick)
-    batch = next(loader.batches(range(1)))
+    batch = next(loader.batches(range(1), parts.learner.transform.rearrange))
     seconds = math.inf
     for _ in range(2):  # the first pass is slow everywhere: the second tells the time, unless that would be long
         start = time.perf_counter()
