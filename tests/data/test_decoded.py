@@ -105,7 +105,7 @@ def test_damaged_images_are_decoded_again_here_and_in_the_file(kept: Kept, caplo
 
 
 def test_where_the_file_cannot_be_written_the_images_are_right_nevertheless(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept.damage(2, 40)
     images = kept.open()
@@ -117,6 +117,7 @@ def test_where_the_file_cannot_be_written_the_images_are_right_nevertheless(
     assert np.array_equal(images.take(rows_of(2)).numpy(), kept.right[[2]])
     assert np.array_equal(images.take(torch.arange(COUNT)).numpy(), kept.right)
     assert kept.open().damaged() == [2, 40]
+    assert caplog.messages[1:] == [f"the image cache {kept.file} stays damaged: it cannot be written to"]
 
 
 def test_damage_that_another_process_repairs_shows_through_and_damage_after_the_opening_is_seen(kept: Kept) -> None:

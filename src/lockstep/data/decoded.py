@@ -4,7 +4,6 @@ To read a whole file for its checksum makes a start as long as the set is large.
 own, and sums of its pixels, from which the normalisation of any subset follows without a look at the images.
 """
 
-import contextlib
 import copy
 import logging
 import os
@@ -115,7 +114,9 @@ class DecodedImages:
             first = f"{len(damaged)} of {len(self)} images, the first: {self.where(damaged[0])}"
             _logger.warning("the image cache %s is damaged (%s): decoding them again", self.file, first)
             with ThreadPoolExecutor() as pool:
-                list(pool.map(self._repair, damaged))
+                written = list(pool.map(self._repair, damaged))
+            if not all(written):
+                _logger.warning("the image cache %s stays damaged: it cannot be written to", self.file)
         self._checked[:] = True
         self._unchecked = 0
 
@@ -124,18 +125,25 @@ class DecodedImages:
         pairs = zip(rows.tolist(), expected, strict=True)
         return [row for row, checksum in pairs if zlib.crc32(self._array[row]) != checksum]
 
-    def _repair(self, row: int) -> None:
+    def _repair(self, row: int) -> bool:
+        """Whether the file could be written, too."""
         try:
             image = np.zeros_like(self._array[row]) if self._records["skipped"][row] else self._decode(row)
         except UserError as error:
-            raise UserError(f"the image cache {self.file} is damaged, and {error}") from error
+            raise UserError(
+                f"the image cache {self.file} is damaged, and {error}; without this file all images are decoded again"
+            ) from error
         if zlib.crc32(image) != self._records["crc32"][row]:
             raise UserError(
                 f"the image cache {self.file} is damaged at {self.where(row)}, which decodes to other pixels than it "
                 "did: remove this file, and all images are decoded again"
             )
-        # The mapping shows what is written to the file, unless it cannot be written, or the page is its own already.
-        with contextlib.suppress(OSError), self.file.open("r+b") as file:
-            os.pwrite(file.fileno(), image.tobytes(), self._offset + row * image.nbytes)
-        if self._damaged_of(np.array([row])):
+        try:
+            with self.file.open("r+b") as file:
+                os.pwrite(file.fileno(), image.tobytes(), self._offset + row * image.nbytes)
+            written = True
+        except OSError:
+            written = False
+        if self._damaged_of(np.array([row])):  # the mapping shows what is written, unless the page is its own already
             self._array[row] = image
+        return written
