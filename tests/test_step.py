@@ -81,6 +81,18 @@ def test_a_step_has_few_operations_beside_network_loss_and_update(fresh_accelera
     assert ours.count - others.count < 62 * 32, (ours.count / 32, others.count / 32)
 
 
+@pytest.mark.parametrize("augment", ["--augment.crop_padding=4", "--augment.flip=true", "--augment.rotation=30"])
+def test_the_loop_trains_on_augmented_images(augment: str, fresh_accelerate: None) -> None:
+    """Some transforms are the loader's to apply, some the transform's: each reaches the weights."""
+    plain = ("--augment.rotation=0", "--augment.zoom=0", "--augment.translate=0")
+    norms = []
+    for settings in (plain, (*plain, augment)):
+        with prepared(*SMALL, *settings, "--data.source=synthetic:8x8x1x64") as training:
+            stretch(training, steps=1)
+            norms.append(sum(weight.double().norm().item() for weight in training.learner.model.parameters()))
+    assert norms[0] != norms[1]
+
+
 SLIPS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda losses: losses.sum().item(),
     "if": lambda losses: bool(losses.isfinite().all()),
