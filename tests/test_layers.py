@@ -57,6 +57,7 @@ ORDER = [
     "data.sources.synthetic",
     "data.sources.kinds",
     "data.portions",
+    "data.decoding",
     "data.decoded",
     "data.cache",
     "data.crop",

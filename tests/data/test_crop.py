@@ -11,8 +11,8 @@ from PIL import Image
 
 from lockstep.augment.geometry import crop_draws, pixel_box
 from lockstep.data import crop
-from lockstep.data.cache import UnreadableImage, read_image
 from lockstep.data.crop import read_crop
+from lockstep.data.decoding import UnreadableImage, read_image
 from lockstep.data.sources.source import Split, open_encoded
 from lockstep.randomness import sample_keys
 

@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from lockstep.data.cache import SKIP, UnreadableImage, open_image
+from lockstep.data.decoding import SKIP, UnreadableImage, open_image
 from lockstep.data.images import SKIPPED_LABEL, Data, build_data
 from lockstep.data.sources.kinds import Split, open_source
 from lockstep.errors import UserError

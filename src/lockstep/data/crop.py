@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from lockstep.augment.geometry import pixel_box
-from lockstep.data.cache import damage_named, decoded, in_channels
+from lockstep.data.decoding import damage_named, decoded, in_channels
 from lockstep.data.sources.kinds import Split
 
 CROP_VERSION = 2

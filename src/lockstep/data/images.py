@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.data.cache import UnreadableImage, channels_of, decode_cached, decode_row, find_cached, open_image
+from lockstep.data.cache import ImageCache
 from lockstep.data.crop import read_crop
 from lockstep.data.decoded import DecodedImages
+from lockstep.data.decoding import UnreadableImage, channels_of, decode_row, open_image
 from lockstep.data.sources.kinds import Source, Split, open_source
 from lockstep.data.sources.source import Identity, spread
 from lockstep.data.split import divide, load_or_draw_split
@@ -146,10 +147,10 @@ def build_data(
 
 def find_decoded(config: Config) -> dict[str, DecodedImages | None]:
     """Of each split that `build_data` would keep in memory, the images that an earlier start has decoded, if it did."""
-    source, data = open_source(config.data), config.data
-    geometry = _look_at(source.splits["train"], data, config.augment)
-    place = (geometry.shape, geometry.resize_size, data.cache_dir, source.fingerprint, data.on_error)
-    return {split.name: find_cached(split, *place) for split in _fitting(source, geometry, config)}
+    source = open_source(config.data)
+    geometry = _look_at(source.splits["train"], config.data, config.augment)
+    splits = _fitting(source, geometry, config)
+    return {split.name: _cache(split, geometry, config.data, source.fingerprint).find() for split in splits}
 
 
 def _divided(
@@ -210,14 +211,16 @@ def _fitting(source: Source, geometry: _Geometry, config: Config) -> list[Split]
     return splits if fits else []
 
 
+def _cache(split: Split, geometry: _Geometry, data: DataConfig, fingerprint: str) -> ImageCache:
+    return ImageCache(split, geometry.shape, geometry.resize_size, data.on_error, fingerprint, data.cache_dir)
+
+
 def _image_set(split: Split, geometry: _Geometry, data: DataConfig, fingerprint: str | None) -> ImageSet:
     """One split, decoded if the `fingerprint` for its cache file is given."""
     labels = torch.from_numpy(split.labels.copy())
     images = None
     if fingerprint is not None:
-        images, skipped = decode_cached(
-            split, geometry.shape, geometry.resize_size, data.cache_dir, fingerprint, data.on_error
-        )
+        images, skipped = _cache(split, geometry, data, fingerprint).images()
         labels[torch.from_numpy(skipped)] = SKIPPED_LABEL
         if skipped.any():
             first = split.where(int(np.flatnonzero(skipped)[0]))

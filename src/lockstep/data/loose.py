@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lockstep.data.cache import SKIP, decode, read_image
+from lockstep.data.decoding import SKIP, decode, read_image
 from lockstep.data.sources.source import Split, open_encoded
 from lockstep.errors import UserError, first_line
 from lockstep.files import path_of

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.data.cache import decode_row
+from lockstep.data.decoding import decode_row
 from lockstep.data.images import Data
 from lockstep.data.sources.source import Split, open_encoded
 from lockstep.errors import UserError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from sources import image_folder, open_named, png, tar_of_folder, write_shard
 
-from lockstep.data.cache import UnreadableImage, decode_cached, open_image
+from lockstep.data.cache import ImageCache
+from lockstep.data.decoding import UnreadableImage, open_image
 from lockstep.data.sources import tar as tar_source
 from lockstep.data.sources.kinds import open_source
 from lockstep.data.sources.source import Source
@@ -248,7 +249,7 @@ def test_images_that_are_missing_or_broken_can_be_skipped(tmp_path: Path, config
     train = source.splits["train"]
     with pytest.raises(UnreadableImage, match=r"0.tar: e.cls cannot be decoded \(the image is missing\)"):
         open_image(train, 4)
-    _, skipped = decode_cached(train, (4, 4, 1), None, tmp_path / "cache", source.fingerprint, "skip")
+    _, skipped = ImageCache(train, (4, 4, 1), None, "skip", source.fingerprint, tmp_path / "cache").images()
     assert skipped.tolist() == [False] * 4 + [True] * 2
 
 
