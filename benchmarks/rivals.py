@@ -60,7 +60,7 @@ def timm_like(model: nn.Module, data: Images, options: argparse.Namespace) -> li
     def epoch() -> None:
         for images, labels in loader:
             pixels = images.float().sub_(255 * MEAN).div_(255 * STD).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            with _autocast(options):
                 loss = F.cross_entropy(model(pixels), labels, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
@@ -71,7 +71,7 @@ def timm_like(model: nn.Module, data: Images, options: argparse.Namespace) -> li
 
 
 def lightning(model: nn.Module, data: Images, options: argparse.Namespace) -> list[float]:
-    """A LightningModule and Lightning's Trainer, bf16-mixed."""
+    """A LightningModule and Lightning's Trainer."""
     import lightning
 
     class Module(lightning.LightningModule):
@@ -100,7 +100,7 @@ def lightning(model: nn.Module, data: Images, options: argparse.Namespace) -> li
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
         accelerator="cpu",
-        precision="bf16-mixed",
+        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
         max_epochs=options.epochs,
         callbacks=[Clock()],
         enable_model_summary=False,
@@ -141,7 +141,7 @@ def hf_trainer(model: nn.Module, data: Images, options: argparse.Namespace) -> l
         output_dir=str(Path(options.out).with_suffix("")),
         per_device_train_batch_size=options.batch_size,
         num_train_epochs=options.epochs,
-        bf16=True,
+        bf16=options.precision == "bf16",
         use_cpu=True,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
@@ -157,7 +157,7 @@ def hf_trainer(model: nn.Module, data: Images, options: argparse.Namespace) -> l
 
 
 def bare_step(model: nn.Module, data: Images, options: argparse.Namespace) -> list[float]:
-    """What no training can be faster than: network, loss and fused update on one batch that is there; bf16."""
+    """What no training can be faster than: network, loss and fused update on one batch that is there."""
     model = model.to(memory_format=torch.channels_last)
     images, labels = next(iter(DataLoader(data, batch_size=options.batch_size)))
     images = images.contiguous(memory_format=torch.channels_last)
@@ -166,7 +166,7 @@ def bare_step(model: nn.Module, data: Images, options: argparse.Namespace) -> li
 
     def epoch() -> None:
         for _ in steps:
-            with torch.autocast("cpu", torch.bfloat16):
+            with _autocast(options):
                 loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
@@ -182,6 +182,10 @@ RIVALS: dict[str, Rival] = {
     "hf_trainer": hf_trainer,
     "bare_step": bare_step,
 }
+
+
+def _autocast(options: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
 
 
 def _with_workers(data: Images, options: argparse.Namespace, **more: Any) -> DataLoader[Any]:
@@ -216,6 +220,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "no"])
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)

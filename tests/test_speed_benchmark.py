@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import speed
 from programs import ROOT, finish, start
-from speed import table_of
+from speed import CASES, table_of, usual_cases
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -19,13 +21,22 @@ def test_ratios_are_taken_round_by_round() -> None:
     ]
 
 
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "no")])
+def test_the_precision_is_one_that_this_cpu_is_quick_in(fast: bool, precision: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(speed, "has_fast_bf16", lambda on_cpu: fast)
+    cases = [CASES[name] for name in usual_cases()]
+    assert [case.model for case in cases] == ["cifar10_cnn", "simple_cnn", "fashion_cnn"]
+    assert {case.precision for case in cases} == {precision}
+
+
 @pytest.mark.slow
 def test_a_round_of_programs_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     program = [sys.executable, str(ROOT / "benchmarks/speed.py")]
-    done = finish(start([*program, "--rounds=1", "--cases", "simple_cnn-bf16", f"--out={out}"], tmp_path), 240)
+    (case,) = (name for name in usual_cases() if CASES[name].model == "simple_cnn")
+    done = finish(start([*program, "--rounds=1", "--cases", case, f"--out={out}"], tmp_path), 240)
     assert done.returncode == 0, done.stderr[-3000:]
-    speeds = json.loads(out.read_text())["speeds"]["simple_cnn-bf16"]
+    speeds = json.loads(out.read_text())["speeds"][case]
     assert list(speeds) == ["train.py", "a first loop by hand, fp32, no workers", "bare step"]
     assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in speeds.values())
     assert "| bare step | " in done.stdout

@@ -90,7 +90,7 @@ def test_a_good_setup_passes_and_leaves_nothing_behind(examine: Doctor) -> None:
 def test_fp32_where_bf16_is_fast_is_a_warning(
     fast: bool, status: str, examine: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lockstep.checks.launch.has_fast_bf16", lambda on_cpu: fast)  # no machine has and lacks it
+    monkeypatch.setattr("lockstep.launch.guards.has_fast_bf16", lambda on_cpu: fast)  # no machine has and lacks it
     assert examine()[1]["launch"][0] == status
 
 

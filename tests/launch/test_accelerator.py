@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from programs import finish, free_port, start
 
-from lockstep.launch import accelerator
+from lockstep.launch import accelerator, guards
 from lockstep.launch.accelerator import Launch, build_accelerator
 from lockstep.launch.guards import resolve_precision, resolve_sharding
 from lockstep.launch.machine import has_fast_bf16
@@ -87,6 +87,24 @@ def test_auto_is_what_this_cpu_does_well(monkeypatch: pytest.MonkeyPatch) -> Non
     for capability, expected in (("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capability=capability: {capability: True})
         assert precision_in_force(RuntimeConfig(precision="auto")) == expected, capability
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("setting", ["launch", "no", "bf16", "auto"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_slow_precision_is_told_unless_it_was_asked_for(
+    precision: str, setting: Any, fast: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "has_fast_bf16", lambda on_cpu: fast)
+    advice = guards.quicker_precision(RuntimeConfig(precision=setting), precision, on_cpu) or ""
+    assert ("--runtime.precision=no" in advice) == (precision == "bf16" and on_cpu and not fast)
+    assert ("--runtime.precision=auto" in advice) == (precision == "no" and setting == "launch" and fast)
+
+
+def test_float64_is_not_told_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "has_fast_bf16", lambda on_cpu: True)
+    assert guards.quicker_precision(RuntimeConfig(dtype="float64"), "no", on_cpu=True) is None
 
 
 def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,17 @@ SOUND = {
 }
 
 
-def test_the_line_tells_what_took_time() -> None:
+@pytest.fixture(autouse=True, params=[True, False])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this CPU has instructions for bf16."""
+    monkeypatch.setattr(account, "has_fast_bf16", lambda on_cpu: request.param)
+    return bool(request.param)
+
+
+def test_the_line_tells_what_took_time(fast: bool) -> None:
     line = describe_account(SOUND, LAUNCH, streams=True)
-    expected = "time: compute 90%, data 5%, validation 4%, saving 1%; computing at 19% of this machine's bf16 peak"
+    peak = "bf16" if fast else "fp32"
+    expected = f"time: compute 90%, data 5%, validation 4%, saving 1%; computing at 19% of this machine's {peak} peak"
     assert line == f"{expected}; started in 6.8 s"
 
 
@@ -46,11 +54,12 @@ def test_what_takes_too_much_comes_with_advice(key: str, advice: str) -> None:
 
 
 def test_the_share_of_the_peak_is_what_a_step_needs_over_what_a_product_reaches(
-    monkeypatch: pytest.MonkeyPatch,
+    fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False))
     assert forward_flops(model, (3, 2, 2)) == 2 * 12 * 5 and model.training
-    monkeypatch.setattr(account, "measure_peak", lambda device, dtype: 3600.0 if dtype == torch.bfloat16 else 0.0)
+    wanted = torch.bfloat16 if fast else torch.float32
+    monkeypatch.setattr(account, "measure_peak", lambda device, dtype: 3600.0 if dtype == wanted else 0.0)
     assert share_of_peak(model, (3, 2, 2), 10.0, LAUNCH) == pytest.approx(3 * 120 * 10 / (3600 * 2))
 
 

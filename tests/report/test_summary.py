@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stretch import prepared
 
 from lockstep.data.crop import CROP_VERSION
 from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
+from lockstep.launch import guards
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import numerics_of
 from lockstep.report.summary import changed_numerics, report_training
@@ -76,3 +78,13 @@ def test_another_rule_of_streamed_crops_is_a_change_of_numerics(tmp_path: Path) 
     assert change({}, rule) == f"crops None -> {CROP_VERSION}"
     assert change({"crops": 1}, None) == f"crops 1 -> {CROP_VERSION}"  # of a finished run, whose data are not opened
     assert change(rule, rule) == change(rule, None) == change({}, {}) == change({}, None) == ""
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_start_says_once_that_another_precision_is_quicker(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guards, "has_fast_bf16", lambda on_cpu: fast)
+    with prepared("--model.name=tiny_cnn"):
+        printed = capsys.readouterr().out.splitlines()
+    assert printed.count("note: this device has fast bf16: --runtime.precision=auto takes it") == fast

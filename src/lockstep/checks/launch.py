@@ -10,7 +10,7 @@ from lockstep.checks.finding import NO_LAUNCH, Finding, Parts, time_limit
 from lockstep.data.loader import choose_workers
 from lockstep.data.sampler import propose_micro_batch_size, resolve_micro_batch_size
 from lockstep.launch.accelerator import Launch, build_accelerator
-from lockstep.launch.machine import has_fast_bf16
+from lockstep.launch.guards import quicker_precision
 
 CONNECT_SECONDS = 120.0  # for all processes to find each other, and for one all-reduce
 _DEFAULT_PORT = 29500  # accelerate's and torchrun's
@@ -30,8 +30,8 @@ def check_launch(parts: Parts) -> Finding:
     parts.launch = launch
     precision = launch.precision_name if parts.config.runtime.dtype == "float32" else "fp64"
     text = f"{launch.num_processes} process{'es' * (launch.num_processes > 1)} on {launch.device.type} in {precision}"
-    if precision == "fp32" and has_fast_bf16(launch.device.type == "cpu"):
-        return Finding("warning", f"{text}, but this device has fast bf16: set --runtime.precision=auto")
+    if advice := quicker_precision(parts.config.runtime, launch.precision, launch.device.type == "cpu"):
+        return Finding("warning", f"{text}, but {advice}")
     return Finding("ok", text)
 
 

@@ -96,6 +96,19 @@ def resolve_precision(config: RuntimeConfig, on_cpu: bool) -> str:
     return precision
 
 
+def quicker_precision(config: RuntimeConfig, precision: str, on_cpu: bool) -> str | None:
+    """What to set where another precision than the one in force is quicker here, unless it was ruled out.
+
+    Without instructions for bf16, on an EPYC with AVX2, cifar10_cnn took 13 times as long as in fp32.
+    """
+    is_fast = has_fast_bf16(on_cpu)
+    if precision == "bf16" and on_cpu and not is_fast:
+        return "this CPU has no instructions for bf16, and is several times as fast in fp32: set --runtime.precision=no"
+    if precision == "no" and is_fast and config.precision == "launch" and config.dtype == "float32":
+        return "this device has fast bf16: --runtime.precision=auto takes it"
+    return None
+
+
 def resolve_sharding(config: RuntimeConfig, precision: str) -> bool:
     """Whether the setting or the launcher asks for FSDP; UserError where it does not go with other settings.
 

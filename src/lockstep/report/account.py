@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lockstep.launch.accelerator import Launch
+from lockstep.launch.machine import has_fast_bf16
 from lockstep.models.summary import forward_flops
 
 _TRIALS = 5
@@ -38,7 +39,7 @@ def describe_account(account: dict[str, float], launch: Launch, *, streams: bool
     ]
     line = f"time: {', '.join(shares)}"
     if "peak_share" in account:
-        line += f"; computing at {account['peak_share']:.0%} of this machine's {launch.precision_name} peak"
+        line += f"; computing at {account['peak_share']:.0%} of this machine's {_fast_precision(launch)} peak"
     line += f"; started in {account['started_seconds']:.1f} s"
     advice = {key: text for key, (most, text) in _TOO_MUCH.items() if account[key] > most}
     if not streams:
@@ -54,8 +55,15 @@ def share_of_peak(model: nn.Module, shape: tuple[int, int, int], images_per_seco
     while they compute.
     """
     needed = 3 * forward_flops(model, shape) * images_per_second
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(launch.precision, next(model.parameters()).dtype)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = types.get(_fast_precision(launch), next(model.parameters()).dtype)
     return needed / (measure_peak(launch.device, dtype) * launch.num_processes)
+
+
+def _fast_precision(launch: Launch) -> str:
+    """The one in force, or fp32 on a CPU without instructions for bf16, whose products are slower than convolutions."""
+    on_cpu = launch.device.type == "cpu"
+    return "fp32" if on_cpu and not has_fast_bf16(on_cpu) else launch.precision_name
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

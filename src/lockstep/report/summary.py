@@ -18,6 +18,7 @@ from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.probe import Probe
 from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
+from lockstep.launch.guards import quicker_precision
 from lockstep.launch.load import node_loads
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
@@ -56,6 +57,8 @@ def open_tracker(
     tracker = build_tracker(config, run.path, launch.is_main, progress.step, environment)
     _say_where_it_goes_on(tracker, run, progress, changes)
     tracker.say(f"{run.path}: {launch.describe(config.train.batch_size, sampler.micro_batch_size)}")
+    if advice := quicker_precision(config.runtime, launch.precision, launch.device.type == "cpu"):
+        tracker.say(f"note: {advice}")
     if note := describe_exactness(config.runtime, launch):
         tracker.say(note)
     if config.train.micro_batch_size is None and progress.step == 0:
