@@ -192,6 +192,28 @@ def test_training_does_not_reach_into_a_save_under_way(tmp_path: Path, accelerat
     assert_same(resumed.state(), before)
 
 
+def test_a_save_begins_one_thread(tmp_path: Path, accelerator: Accelerator) -> None:
+    """Its large operations would begin as many as the loop has, and then there would be too many for the cores."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    model = nn.Linear(1000, 1000)
+    optimizer: Any = accelerator.prepare(build_optimizer(OPTIMIZERS["adamw"], model))
+    checkpointer = Checkpointer(run_in(tmp_path), LAUNCH, accelerator, model, optimizer, None)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model.weight.isfinite().all()  # the loop's threads begin
+        before = threads()
+        checkpointer.save(Progress(step=1), is_best=True)
+        checkpointer.wait(must_succeed=True)
+        assert threads() == before + 1
+        assert torch.get_num_threads() == 3, "those of the loop stay"
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 3)
     save_checkpoint(tmp_path, 3, some_state(9), "a: 1\n")
