@@ -102,6 +102,16 @@ def test_a_slow_precision_is_told_unless_it_was_asked_for(
     assert ("--runtime.precision=auto" in advice) == (precision == "no" and setting == "launch" and fast)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_portable_kernels_are_of_fp32(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "has_fast_bf16", lambda on_cpu: fast)
+    assert precision_in_force(RuntimeConfig(portable=True, precision="auto")) == "no"
+    assert guards.quicker_precision(RuntimeConfig(portable=True), "no", on_cpu=True) is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="--runtime.portable=true: launch with --mixed_precision no"):
+        resolve_precision(RuntimeConfig(portable=True), on_cpu=True)
+
+
 def test_float64_is_not_told_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "has_fast_bf16", lambda on_cpu: True)
     assert guards.quicker_precision(RuntimeConfig(dtype="float64"), "no", on_cpu=True) is None

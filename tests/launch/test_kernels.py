@@ -42,6 +42,41 @@ def test_without_exact_the_fastest_may_be_picked_by_time() -> None:
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
+# ---- portable
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What torch says of its kernels, to be changed; the environment is put back."""
+    for name in PORTABLE:
+        monkeypatch.setenv(name, "of the user")
+    told = ["AVX2"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: told[0])
+    yield told
+
+
+PORTABLE = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+
+
+def test_portable_kernels_are_asked_of_every_library(capability: list[str]) -> None:
+    choose_kernels(RuntimeConfig(), on_cpu=True)
+    assert [os.environ[name] for name in PORTABLE] == ["of the user"] * 3
+    choose_kernels(RuntimeConfig(portable=True), on_cpu=True)
+    assert [os.environ[name] for name in PORTABLE] == ["avx2", "AVX2", "COMPATIBLE"]
+
+
+@pytest.mark.parametrize("kernels", ["DEFAULT", "AVX512", "SVE256"])
+def test_portable_kernels_that_cannot_be_had_are_refused(kernels: str, capability: list[str]) -> None:
+    capability[0] = kernels
+    with pytest.raises(UserError, match=f"needs an x86-64 CPU with AVX2: torch's kernels here are {kernels}"):
+        choose_kernels(RuntimeConfig(portable=True), on_cpu=True)
+
+
+def test_a_gpu_has_no_portable_kernels(capability: list[str]) -> None:
+    with pytest.raises(UserError, match="--runtime.portable=true is for CPUs"):
+        choose_kernels(RuntimeConfig(portable=True), on_cpu=False)
+
+
 def test_an_operation_without_such_a_kernel_is_named() -> None:
     """One that torch has none for on CPUs either."""
     choose_kernels(RuntimeConfig(), on_cpu=True)

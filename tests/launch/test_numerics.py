@@ -40,6 +40,11 @@ def test_the_number_of_processes_is_no_part_of_them() -> None:
     assert numerics_of(RuntimeConfig(), LAUNCH) == numerics_of(RuntimeConfig(), replace(LAUNCH, num_processes=7))
 
 
+def test_portable_bits_are_those_of_any_cpu() -> None:
+    launch = replace(LAUNCH, precision="no")
+    assert numerics_of(RuntimeConfig(portable=True), launch)["device"] == "any x86-64 CPU with AVX2"
+
+
 def test_changes_are_named() -> None:
     before = {"device": "A", "threads": 2, "exact": True}
     assert describe_changes(before, before) == ""

@@ -151,6 +151,12 @@ def configured(**settings: Any) -> Config:
             {"runtime__dtype": "float64", "runtime__precision": "bf16"},
             ["--runtime.dtype=float64", "--runtime.precision=bf16"],
         ),
+        ({"runtime__portable": True, "runtime__exact": False}, ["--runtime.portable", "--runtime.exact=false"]),
+        (
+            {"runtime__portable": True, "runtime__compile": "default"},
+            ["--runtime.portable", "--runtime.compile=default"],
+        ),
+        ({"runtime__portable": True, "runtime__precision": "bf16"}, ["--runtime.portable", "--runtime.precision=bf16"]),
         ({"checkpoint__every_steps": 0}, ["--checkpoint.every_steps=0"]),
         ({"checkpoint__keep_every_steps": 0}, ["--checkpoint.keep_every_steps=0"]),
         ({"train__max_bad_steps": 0}, ["--train.max_bad_steps=0"]),

@@ -82,13 +82,15 @@ def require_world_size(accelerator: Accelerator) -> None:
 def resolve_precision(config: RuntimeConfig, on_cpu: bool) -> str:
     """no, bf16 or fp16: what the setting and the launcher come to; UserError where the device would not do it."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    meanings = {"launch": launched, "auto": "bf16" if has_fast_bf16(on_cpu) else "no"}
+    meanings = {"launch": launched, "auto": "bf16" if has_fast_bf16(on_cpu) and not config.portable else "no"}
     precision = meanings.get(config.precision, config.precision)
     source = f"--runtime.precision={config.precision}" + (f" ({launched})" if config.precision == "launch" else "")
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"{source} is not supported: use no, bf16 or fp16")
     if config.dtype == "float64" and precision != "no":
         raise UserError(f"{source} cannot be combined with --runtime.dtype=float64: launch with --mixed_precision no")
+    if config.portable and precision != "no":
+        raise UserError(f"{source} cannot be combined with --runtime.portable=true: launch with --mixed_precision no")
     if precision == "fp16" and on_cpu:
         raise UserError(f"{source}: a CPU cannot train in fp16 (Accelerate would silently use fp32): use bf16")
     if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
@@ -104,7 +106,8 @@ def quicker_precision(config: RuntimeConfig, precision: str, on_cpu: bool) -> st
     is_fast = has_fast_bf16(on_cpu)
     if precision == "bf16" and on_cpu and not is_fast:
         return "this CPU has no instructions for bf16, and is several times as fast in fp32: set --runtime.precision=no"
-    if precision == "no" and is_fast and config.precision == "launch" and config.dtype == "float32":
+    may_change = config.precision == "launch" and config.dtype == "float32" and not config.portable
+    if precision == "no" and is_fast and may_change:
         return "this device has fast bf16: --runtime.precision=auto takes it"
     return None
 

@@ -10,9 +10,18 @@ import torch
 from lockstep.errors import UserError
 from lockstep.settings.config import RuntimeConfig
 
+_PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+"""For torch, oneDNN and MKL, which read them when they first choose a kernel. Those that MKL has for AVX2 add up in
+another order on CPUs of another maker."""
+
 
 def choose_kernels(config: RuntimeConfig, *, on_cpu: bool) -> None:
-    """Deterministic kernels if `exact`, else the fastest. Call it before anything runs on a GPU."""
+    """Deterministic kernels if `exact`, else the fastest. Call it before anything is computed.
+
+    Raises UserError if they are to be `portable`, and cannot be.
+    """
+    if config.portable:
+        _choose_portable(on_cpu=on_cpu)
     if config.exact:
         # Read by cuBLAS when it starts; without it, matrix products may differ from run to run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -24,6 +33,14 @@ def choose_kernels(config: RuntimeConfig, *, on_cpu: bool) -> None:
     torch.backends.cudnn.benchmark = not config.exact and not on_cpu  # which picks kernels by their time
     if config.dtype == "float32" and not on_cpu:
         torch.set_float32_matmul_precision("high")
+
+
+def _choose_portable(*, on_cpu: bool) -> None:
+    if not on_cpu:
+        raise UserError("--runtime.portable=true is for CPUs: the bits of a GPU depend on its model")
+    os.environ.update(_PORTABLE)
+    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        raise UserError(f"--runtime.portable=true needs an x86-64 CPU with AVX2: torch's kernels here are {capability}")
 
 
 @contextmanager

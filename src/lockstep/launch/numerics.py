@@ -34,7 +34,7 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
     on_gpu = launch.device.type == "cuda"
     libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_gpu else {}
     return {
-        "device": torch.cuda.get_device_name(launch.device) if on_gpu else cpu_model(),
+        "device": torch.cuda.get_device_name(launch.device) if on_gpu else _cpu(config),
         "precision": launch.precision_name if config.dtype == "float32" else "fp64",
         **({} if on_gpu else {"threads": torch.get_num_threads()}),
         "torch": torch.__version__,
@@ -44,6 +44,10 @@ def numerics_of(config: RuntimeConfig, launch: Launch) -> dict[str, Any]:
         "compile": config.compile if config.compile != "off" else False,
         **({"fsdp": True} if launch.fsdp else {}),  # which has a memory layout of its own
     }
+
+
+def _cpu(config: RuntimeConfig) -> str:
+    return "any x86-64 CPU with AVX2" if config.portable else cpu_model()
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -192,7 +192,8 @@ def account_of(t: Training) -> dict[str, float]:
         return {}
     account = {f"{name}_share": share for name, share in spent.shares.items()}
     account["started_seconds"] = t.stopwatch.started_seconds
-    if spent.shares["compute"] and not t.launch.is_sharded:
+    # Products of matrices are slower than convolutions among portable kernels, and no measure of the machine.
+    if spent.shares["compute"] and not t.launch.is_sharded and not t.run.config.runtime.portable:
         with not_fatal("the share of the machine's peak could not be found"):
             images = spent.steps * t.calendar.batch_size / (spent.seconds * spent.shares["compute"])
             account["peak_share"] = share_of_peak(t.learner.model, t.data.image_shape, images, t.launch)

@@ -530,6 +530,8 @@ class RuntimeConfig(_Section):
     """Type of weights; float64 is for proofs of equality"""
     exact: bool = True
     """The same bits on any number of processes: one order of sums, deterministic kernels; false: faster on GPUs"""
+    portable: bool = False
+    """On CPUs, in fp32: the same bits on every x86-64 CPU with AVX2, whoever made it, with as many threads"""
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] | bool = "off"
     """torch.compile the network, in this mode (true: default); each start measures what it gains: on CPUs a loss"""
     threads: int | None = None
@@ -567,6 +569,15 @@ class RuntimeConfig(_Section):
             self.dtype == "float32" or self.precision in ("launch", "no"),
             f"--runtime.dtype=float64 cannot be combined with --runtime.precision={self.precision}",
         )
+        for setting, value, fits in (
+            ("exact", "false", self.exact),
+            ("compile", self.compile, self.compile == "off"),
+            ("precision", self.precision, self.precision not in ("bf16", "fp16")),
+        ):
+            _require(
+                fits or not self.portable,
+                f"--runtime.portable=true cannot be combined with --runtime.{setting}={value}",
+            )
 
 
 @dataclass(frozen=True)
