@@ -13,6 +13,7 @@ from lockstep.commands.verify import plan_of
 from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.run.history import read_history, read_starts
+from lockstep.settings.cli import parse_config
 
 SETTINGS = (*QUICK, "--runtime.threads=1", "--log.every_steps=1", "--checkpoint.every_steps=2", "--run.name=mine")
 VERIFY = """
@@ -98,6 +99,12 @@ def test_a_folder_that_is_not_its_own_is_left_alone(run: Path, server: ForkServe
 
 def test_the_nearest_checkpoint_before_is_where_it_begins(run: Path) -> None:
     assert [plan_of(run, step).first for step in (1, 2, 3, 5, 6)] == [0, 0, 2, 4, 5]
+
+
+def test_a_run_of_portable_kernels_can_be_recomputed(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints")))
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("portable: false", "portable: true"))
+    assert parse_config(plan_of(copy, 3).arguments).runtime.portable
 
 
 def test_a_stretch_is_recomputed_as_the_start_that_made_it(run: Path, tmp_path: Path) -> None:

@@ -556,9 +556,9 @@ class RuntimeConfig(_Section):
     """Write a torch profiler trace of steps 10 to 15 to the run folder, and a table of what took their time"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.compile, bool):  # as runs have it that were begun before there were modes
             object.__setattr__(self, "compile", "default" if self.compile else "off")
+        super().__post_init__()
 
     def _refuse_contradictions(self) -> None:
         _require(self.threads is None or self.threads >= 1, f"--runtime.threads={self.threads} must be at least 1")
