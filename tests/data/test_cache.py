@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lockstep.data import cache as cache_module
 from lockstep.data.cache import ImageCache
 from lockstep.data.decoded import DecodedImages
 from lockstep.data.decoding import UnreadableImage
@@ -54,6 +55,14 @@ def ramp(folder: Path, lethal: bool = False) -> Split:
 
 def cache(folder: Path, lethal: bool = False, fingerprint: str = "f") -> tuple[DecodedImages, np.ndarray]:
     return ImageCache(ramp(folder, lethal), SHAPE, None, "raise", fingerprint, folder / "cache").images()
+
+
+@pytest.mark.parametrize("version", ["RULE_VERSION", "_FILE_VERSION"])
+def test_another_version_has_a_file_of_its_own(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ImageCache(ramp(tmp_path), SHAPE, None, "raise", "f", tmp_path)
+    before = images.path
+    monkeypatch.setattr(cache_module, version, 99)
+    assert images.path != before
 
 
 def readings(folder: Path) -> list[str]:

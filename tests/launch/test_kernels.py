@@ -1,10 +1,13 @@
 """Deterministic kernels are in force, and what has none is one line."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, finish, start
 
 from lockstep.errors import UserError
 from lockstep.launch.kernels import choose_kernels, missing_kernels_explained
@@ -63,6 +66,28 @@ def test_portable_kernels_are_asked_of_every_library(capability: list[str]) -> N
     assert [os.environ[name] for name in PORTABLE] == ["of the user"] * 3
     choose_kernels(RuntimeConfig(portable=True), on_cpu=True)
     assert [os.environ[name] for name in PORTABLE] == ["avx2", "AVX2", "COMPATIBLE"]
+
+
+LATE = """
+import ctypes, pathlib, runpy, sys, torch
+runpy.run_path(sys.argv[1], run_name="imported")
+from lockstep.launch.accelerator import build_accelerator
+from lockstep.settings.config import RuntimeConfig
+build_accelerator(RuntimeConfig(portable=True))
+torch.ones(64, 64) @ torch.ones(64, 64)
+ask = getattr(ctypes.CDLL(pathlib.Path(torch.__file__).parent / "lib/libtorch_cpu.so"), "mkl_serv_cbwr_get", None)
+print("no MKL" if ask is None else ask(-1))
+"""
+MKL_COMPATIBLE = "3"  # MKL_CBWR_COMPATIBLE of its mkl_types.h; 1 is what it chooses by itself
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_mkl_has_chosen_nothing_before_it_is_asked(program: str, tmp_path: Path) -> None:
+    """It chooses at its first product: one at an import, or while the accelerator is built, would come too early."""
+    done = finish(start([sys.executable, "-c", LATE, str(ROOT / program)], tmp_path), 120)
+    if "needs an x86-64 CPU" in done.stderr or "no MKL" in done.stdout:
+        pytest.skip("no portable kernels here")
+    assert done.stdout.split() == [MKL_COMPATIBLE], done.stderr
 
 
 @pytest.mark.parametrize("kernels", ["DEFAULT", "AVX512", "SVE256"])
