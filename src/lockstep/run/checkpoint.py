@@ -78,7 +78,7 @@ class Checkpointer:
         self._config_yaml = config_to_yaml(run.config)
         # With one OpenMP thread: of the several that its first large operation would begin, those of the loop, too many
         # for the cores from then on, would sleep between operations (quick start, two cores: 2,900 -> 1,250 images/s).
-        # The setting is this thread's own; torch's thread that pins memory has the same.
+        # Threads that are there keep theirs, later ones have one, too. torch's thread that pins memory does the same.
         self._thread = ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(1,))
         self._pending: Future[None] | None = None
 
