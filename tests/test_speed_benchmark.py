@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import speed
 from programs import ROOT, finish, start
-from speed import CASES, table_of, usual_cases
+from speed import CASES, Bench, table_of, usual_cases
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -27,6 +27,23 @@ def test_the_precision_is_one_that_this_cpu_is_quick_in(fast: bool, precision: s
     cases = [CASES[name] for name in usual_cases()]
     assert [case.model for case in cases] == ["cifar10_cnn", "simple_cnn", "fashion_cnn"]
     assert {case.precision for case in cases} == {precision}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_program_trains_in_the_precision_of_its_case(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    commands: list[list[str]] = []
+
+    def note(_: Bench, program: list[str], arguments: list[str]) -> None:
+        commands.append([*program, *arguments])
+        (tmp_path / "speeds.json").write_text('{"images_per_second": [1, 2]}')
+
+    monkeypatch.setattr(Bench, "_start", note)
+    case, bench = CASES[name], Bench(tmp_path, None)
+    for program in case.programs.values():
+        bench.speed(case, program)
+    assert len(commands) == len(case.programs)
+    for command in commands:
+        assert {f"--precision={case.precision}", f"--mixed_precision={case.precision}"} & set(command), command
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from lockstep.errors import UserError
 from lockstep.report import milestones
 from lockstep.report.milestones import Training, matplotlib_imported, require_same_weights, young_garbage
 from lockstep.run.folder import LostFolder
+from lockstep.settings.config import Config, RuntimeConfig
+from lockstep.training.stopwatch import Spent
 
 
 @dataclass
@@ -93,3 +95,21 @@ def test_matplotlib_is_imported_when_what_is_done_beside_it_is_over(
         seen.append("tested")
     assert seen == (["begins", "tested", "ends"] if wanted else ["tested"])
     assert capfd.readouterr() == ("", ""), "what cannot be drawn is said when it is drawn"
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_portable_kernels_are_no_measure_of_the_machine(portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products of matrices are slow: a training was at 120 % of such a peak."""
+    monkeypatch.setattr(milestones, "share_of_peak", lambda *_: 0.5)
+    spent = Spent(2.0, 10, {"compute": 1.0})
+    parts = {
+        "launch": SimpleNamespace(is_main=True, is_sharded=False),
+        "run": SimpleNamespace(config=Config(runtime=RuntimeConfig(portable=portable))),
+        "gradients": SimpleNamespace(pace=SimpleNamespace(waited_seconds=0.0)),
+        "stopwatch": SimpleNamespace(spent=lambda _: spent, started_seconds=3.0),
+        "calendar": SimpleNamespace(batch_size=64),
+        "learner": SimpleNamespace(model=None),
+        "data": SimpleNamespace(image_shape=(1, 8, 8)),
+    }
+    account = milestones.account_of(cast(Training, SimpleNamespace(**parts)))
+    assert account == {"compute_share": 1.0, "started_seconds": 3.0} | ({} if portable else {"peak_share": 0.5})

@@ -151,6 +151,7 @@ def configured(**settings: Any) -> Config:
             {"runtime__dtype": "float64", "runtime__precision": "bf16"},
             ["--runtime.dtype=float64", "--runtime.precision=bf16"],
         ),
+        ({"runtime__portable": True, "runtime__dtype": "float64"}, ["--runtime.portable", "--runtime.dtype=float64"]),
         ({"runtime__portable": True, "runtime__exact": False}, ["--runtime.portable", "--runtime.exact=false"]),
         (
             {"runtime__portable": True, "runtime__compile": "default"},

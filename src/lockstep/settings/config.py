@@ -531,7 +531,7 @@ class RuntimeConfig(_Section):
     exact: bool = True
     """The same bits on any number of processes: one order of sums, deterministic kernels; false: faster on GPUs"""
     portable: bool = False
-    """On CPUs, in fp32: the same bits on every x86-64 CPU with AVX2, whoever made it, with as many threads"""
+    """On CPUs, in fp32: kernels whose bits depend on no maker or model of x86-64 with AVX2, with as many threads"""
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] | bool = "off"
     """torch.compile the network, in this mode (true: default); each start measures what it gains: on CPUs a loss"""
     threads: int | None = None
@@ -570,6 +570,7 @@ class RuntimeConfig(_Section):
             f"--runtime.dtype=float64 cannot be combined with --runtime.precision={self.precision}",
         )
         for setting, value, fits in (
+            ("dtype", self.dtype, self.dtype == "float32"),
             ("exact", "false", self.exact),
             ("compile", self.compile, self.compile == "off"),
             ("precision", self.precision, self.precision not in ("bf16", "fp16")),
