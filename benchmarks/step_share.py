@@ -2,13 +2,12 @@
 
     python benchmarks/step_share.py
     python benchmarks/step_share.py --models tiny_cnn --batch_size 64
-
     python benchmarks/step_share.py --precision no    # for a CPU without AVX512-BF16 or AMX
 
-Both are the same network and optimizer in one process, on random images of 28x28 (grey) or 32x32. The loop has
-everything on: random crops and flips, label smoothing, clipping, an average of the weights, the sums that are logged.
-The bare step is forward, the same loss, backward and fused update on one batch that stays. Medians over stretches; the
-share is the median over pairs of them. docs/performance.md has some.
+Both are the same network and optimizer in one process, in bf16 where not said otherwise, on random images of 28x28
+(grey) or 32x32. The loop has everything on: random crops and flips, label smoothing, clipping, an average of the
+weights, the sums that are logged. The bare step is forward, the same loss, backward and fused update on one batch that
+stays. Medians over stretches; the share is the median over pairs of them. docs/performance.md has some.
 """
 
 import argparse
