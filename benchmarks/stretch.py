@@ -40,7 +40,7 @@ def prepared(*settings: str) -> Iterator[Any]:
         yield program().begin(open_run(config, launch), nobody, accelerator, launch, unstopped)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The steps are done."""
 
 
@@ -55,13 +55,18 @@ class _Limit:
 
     def agreed(self, *, wait: bool = False) -> bool:
         if not self._left:
-            raise _Enough
+            raise Enough
         self._left -= 1
         return False
 
 
 def stretch(training: Any, steps: int) -> None:
     """So many steps of `train.fit`, from where the training is; nobody waits for the device, not even at their end."""
+    steps_of_loop(training, _Limit(steps))
+
+
+def steps_of_loop(training: Any, limit: Any) -> None:
+    """Steps of `train.fit` until `limit.agreed`, which it asks before each, raises Enough."""
     from lockstep.training.calendar import Calendar, Due
 
     class Uneventful(Calendar):
@@ -69,6 +74,5 @@ def stretch(training: Any, steps: int) -> None:
             return Due(log=False, validate=False, save=False, histograms=False, epoch_ends=False)
 
     calendar = Uneventful(**{**asdict(training.calendar), "total_steps": sys.maxsize // 2**20})
-    limited: Any = _Limit(steps)
-    with suppress(_Enough):
-        program().fit(replace(training, preemption=limited, calendar=calendar))
+    with suppress(Enough):
+        program().fit(replace(training, preemption=limit, calendar=calendar))
