@@ -127,6 +127,7 @@ ORDER = [
     "report.exhibits",
     "report.ranking_figure",
     "report.reliability_figure",
+    "report.drawing",
     "report.run_figures",
     "report.preview_figures",
     "report.preview",

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
-from lockstep.report.run_figures import draw_confusion, draw_figures, draw_rankings
+from lockstep.report.run_figures import draw_confusion, draw_rankings, drawings_of
 from lockstep.run.folder import Run
 from lockstep.settings.config import AugmentConfig, Config, RunConfig
 
@@ -20,11 +20,15 @@ def assert_picture(path: Path) -> None:
     assert min(pixels.shape) > 300 and pixels.std() > 5, f"{path} is empty"
 
 
+def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Path]:
+    return {name: drawing.draw() for name, drawing in drawings_of(run, predictions, data).items()}
+
+
 def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
     data, metrics = evaluated
     run = Run(tmp_path / "run", Config(), {})
     paths = draw_figures(run, metrics, data)
-    assert list(paths) == ["curves", "confusion_matrix", "pr_roc", "samples", "mistakes"]
+    assert list(paths) == ["curves", "confusion_matrix", "samples", "pr_roc", "mistakes"]
     assert {path.name for path in (run.path / "figures").iterdir()} == {f"{name}.png" for name in paths}
     for path in paths.values():
         assert_picture(path)

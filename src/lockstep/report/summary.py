@@ -23,8 +23,9 @@ from lockstep.launch.load import node_loads
 from lockstep.launch.numerics import describe_changes, describe_exactness, numerics_of
 from lockstep.launch.preemption import Preemption
 from lockstep.report.diagnosis import Evidence, doubt_of, write_diagnosis
+from lockstep.report.drawing import drawn_beside
 from lockstep.report.exhibits import share_files, show_results
-from lockstep.report.run_figures import draw_figures
+from lockstep.report.run_figures import drawings_of
 from lockstep.report.run_page import PAGE, write_run_page
 from lockstep.run.environment import describe_environment
 from lockstep.run.folder import Run
@@ -180,9 +181,7 @@ def report_training(
     }
     if run.config.log.figures:
         with not_fatal(f"the figures of {run.path} could not be drawn"):
-            for name, path in draw_figures(run, predictions, data).items():
-                tracker.figure(name, path)
-            show_results(tracker, run.config, predictions, data)
+            _draw(run, tracker, predictions, data)
     if run.config.log.artifacts:
         with not_fatal(f"files of {run.path} could not be shared"):
             share_files(run, tracker)
@@ -197,6 +196,15 @@ def report_training(
     tracker.say(f"{result}, {summary['images_per_second']:,.0f} images/s. Everything is in {run.path}{page}")
     tracker.alert(f"{run.path.name} is finished", result)
     tracker.finish(summary)
+
+
+def _draw(run: Run, tracker: Tracker, predictions: Predictions, data: Data) -> None:
+    """The pictures, in the run folder and in the copies of the run, which have charts of their own."""
+    drawings = drawings_of(run, predictions, data)
+    with drawn_beside(list(drawings.values())):
+        show_results(tracker, run.config, predictions, data)
+    for name, drawing in drawings.items():
+        tracker.figure(name, drawing.path)
 
 
 def report_findings(run: Run, tracker: Tracker, classes: int, seen: Probe | None, predictions: Predictions) -> None:
