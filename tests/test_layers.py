@@ -28,6 +28,7 @@ ORDER = [
     "settings.registry",
     "launch.machine",
     "launch.threads",
+    "launch.copies",
     "launch.transfer",
     "launch.guards",
     "launch.imports",

@@ -44,6 +44,14 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
+def write_at(file: int, data: Any, offset: int) -> None:
+    """Write all of a buffer into an open file at an offset; processes that share it may do so at once."""
+    left = memoryview(data).cast("B")
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file as `written_aside` does."""
     with written_aside(path) as file:

@@ -22,11 +22,20 @@ from lockstep.data.decoded import DecodedImages
 from lockstep.data.decoding import UnreadableImage
 from lockstep.data.sources.kinds import open_source
 from lockstep.data.sources.source import Split
-from lockstep.errors import UserError
+from lockstep.errors import UserError, one_line_errors
+from lockstep.launch import copies
 from lockstep.settings.config import DataConfig
 
 SHAPE = (6, 5, 1)
 COUNT = 70
+
+
+@pytest.fixture(params=[1, 3], autouse=True)
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Decoded by the process itself, and by copies of it that share small tasks."""
+    monkeypatch.setattr(copies, "owned_cores", lambda: request.param)
+    monkeypatch.setattr(cache_module, "_TASK", 3)
+    return request.param
 
 
 @dataclass(frozen=True)
@@ -184,14 +193,25 @@ def test_two_processes_at_once_decode_once(tmp_path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(readings(tmp_path)) == COUNT and len(set(readings(tmp_path))) == 1
+    assert len(readings(tmp_path)) == COUNT
 
 
-def test_a_kill_while_decoding_leaves_nothing_half_done(tmp_path, caplog) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_cache_in_process, args=(tmp_path, True))
+def test_the_work_is_shared(tmp_path, cores) -> None:
+    assert_ramp(cache(tmp_path)[0])
+    assert len(set(readings(tmp_path))) == cores and (str(os.getpid()) in readings(tmp_path)) == (cores == 1)
+
+
+def test_a_kill_while_decoding_leaves_nothing_half_done(tmp_path, caplog, cores) -> None:
+    """Of the process, or of a copy of it, which is told in one line."""
+
+    def decode() -> None:
+        with one_line_errors():
+            _cache_in_process(tmp_path, lethal=True)
+
+    process = multiprocessing.get_context("fork").Process(target=decode)
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == (-signal.SIGKILL if cores == 1 else 1)
     assert not list((tmp_path / "cache").glob("*.npy"))
     assert_ramp(cache(tmp_path)[0])
     assert not caplog.records

@@ -8,7 +8,6 @@ not fetched again.
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import torch
@@ -18,6 +17,7 @@ from lockstep.data.images import SKIPPED_LABEL, Data, build_data
 from lockstep.data.sources.kinds import Split, open_source
 from lockstep.errors import UserError
 from lockstep.files import path_of
+from lockstep.launch.copies import map_over_cores
 from lockstep.models.network import build_network, with_pretrained_input
 from lockstep.models.summary import count_parameters
 from lockstep.settings.cli import parse_config, run_dir_of
@@ -25,7 +25,7 @@ from lockstep.settings.config import Config
 
 _logger = logging.getLogger(__name__)
 
-_TASK = 256  # images that a thread looks at before it is asked for the next
+_TASK = 256  # images that one core looks at before it is asked for the next
 
 
 def prepare(config: Config) -> list[str]:
@@ -72,8 +72,7 @@ def _broken_images(split: Split) -> Iterator[str]:
         return lines
 
     rows = range(len(split))
-    with ThreadPoolExecutor() as pool:
-        yield from chain.from_iterable(pool.map(look, (rows[at : at + _TASK] for at in range(0, len(split), _TASK))))
+    yield from chain.from_iterable(map_over_cores(look, [rows[at : at + _TASK] for at in range(0, len(split), _TASK)]))
 
 
 def _checked(data: Data) -> list[str]:

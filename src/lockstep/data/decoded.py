@@ -6,7 +6,6 @@ own, and sums of its pixels, from which the normalisation of any subset follows 
 
 import copy
 import logging
-import os
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lockstep.errors import UserError
+from lockstep.files import write_at
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class DecodedImages:
             )
         try:
             with self.file.open("r+b") as file:
-                os.pwrite(file.fileno(), image.tobytes(), self._offset + row * image.nbytes)
+                write_at(file.fileno(), image.tobytes(), self._offset + row * image.nbytes)
             written = True
         except OSError:
             written = False

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,7 +25,8 @@ from lockstep.data.images import SKIPPED_LABEL, ImageSet
 from lockstep.data.sampler import Microbatch, Sampler, block_of
 from lockstep.errors import UserError
 from lockstep.launch.accelerator import Launch
-from lockstep.launch.machine import local_processes, shared_memory_free, signal_at_death_of_parent
+from lockstep.launch.copies import leave_signals_to
+from lockstep.launch.machine import local_processes, shared_memory_free
 from lockstep.launch.transfer import copied, to_device
 from lockstep.randomness import sample_keys
 from lockstep.settings.config import AugmentConfig, Config, DataConfig
@@ -197,15 +197,10 @@ def read_samples(
 def _begin_work(program: int, worker: int) -> None:
     """The first thing a worker does: leave signals to the program, whose process `program` is, and die with it.
 
-    A scheduler signals every process of a job: a worker that died of it would end training before it has saved.
     torch's workers look for their program every few seconds, and for ever if it was killed while they began.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_death_of_parent(signal.SIGKILL)
     threading.excepthook = _without_broken_connections
-    if multiprocessing.get_start_method() == "fork" and os.getppid() != program:
-        os.kill(os.getpid(), signal.SIGKILL)
+    leave_signals_to(program if multiprocessing.get_start_method() == "fork" else os.getppid())
 
 
 def _without_broken_connections(failure: threading.ExceptHookArgs) -> None:
