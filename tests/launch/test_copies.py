@@ -1,5 +1,6 @@
 """Work shared among copies of a process: in order, with their errors, and gone when the process is."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,14 +54,20 @@ def test_where_copies_are_of_no_use_the_process_works(
     assert all((thread == threading.get_ident()) == (platform == "linux") for _, _, thread in results)
 
 
-def test_without_semaphores_threads_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that has no /dev/shm."""
+@pytest.mark.parametrize("room", [0, 2])
+def test_without_room_for_a_copy_threads_do_the_work(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that had begun do not go on beside them, nor does the program wait for these at its end."""
+    fork, forked = os.fork, []
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(38, "Function not implemented")
+    def fill() -> int:
+        if len(forked) == room:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        forked.append(True)
+        return fork()
 
-    monkeypatch.setattr(copies, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(os, "fork", fill)
     assert list(map_over_cores(lambda task: (task, os.getpid()), range(5))) == [(i, os.getpid()) for i in range(5)]
+    assert len(forked) == room and not psutil.Process().children()
 
 
 @pytest.mark.parametrize("error", [UnreadableImage("a.jpg cannot be decoded"), OSError(28, "No space left on device")])
@@ -75,19 +83,23 @@ def test_errors_of_a_copy_are_raised_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
         done.extend(map_over_cores(work, range(1000)))
     assert str(caught.value) == str(error) and done == [0, 1]
+    assert "in work" in "".join(traceback.format_exception(caught.value)), "where it was raised"
     assert not psutil.Process().children()
 
 
-def test_a_killed_copy_is_one_line() -> None:
-    own = os.getpid()
+@pytest.mark.parametrize("tasks", [20, 20_000])
+def test_a_killed_copy_is_one_line(tasks: int, capfd: pytest.CaptureFixture[str]) -> None:
+    own, begun = os.getpid(), time.monotonic()
 
     def work(number: int) -> None:
         if number == 7 and os.getpid() != own:
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60 if number == 8 else 0)
 
     with pytest.raises(UserError, match="was killed: the same command begins anew; if memory is short") as caught:
-        list(map_over_cores(work, range(20)))
-    assert "\n" not in str(caught.value)
+        list(map_over_cores(work, range(tasks)))
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+    assert time.monotonic() - begun < 30, "another copy was waited for"
     assert not psutil.Process().children()
 
 
@@ -141,5 +153,13 @@ def hold(work: Callable[[int], object]) -> None:
 
 
 def test_results_that_nobody_wants_leave_no_process() -> None:
+    begun = time.monotonic()
+    hold(lambda task: time.sleep(60 if task else 0))
+    assert not psutil.Process().children() and time.monotonic() - begun < 30
+
+
+def test_copies_end_when_nobody_can_have_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a signal ends the program just while it makes them."""
+    monkeypatch.setattr(copies, "_end", lambda _, results: [own.close() for own in results])
     hold(lambda task: time.sleep(0.01))
-    assert not psutil.Process().children()
+    assert not psutil.wait_procs(psutil.Process().children(), timeout=20)[1]

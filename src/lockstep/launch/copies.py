@@ -3,13 +3,14 @@
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from contextvars import ContextVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -20,31 +21,27 @@ from lockstep.launch.threads import owned_cores
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
-_work: ContextVar[Callable[[Any], Any]] = ContextVar("work")
-"""Of a copy, or of a thread"""
 
 
 def map_over_cores(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> Iterator[_Result]:
     """The results of `work`, in the order of tasks: by a copy of this process for each core, or here if there is one.
 
-    Tasks and results are pickled, `work` and what it holds are not; it has torch with one thread. What it raises is
-    raised here. Raises UserError if a copy was killed. Where a process cannot be copied (macOS), threads do it.
+    Results are pickled, `work` and tasks are not; it has torch with one thread. What it raises is raised here. Raises
+    UserError if a copy was killed. Where a process cannot be copied (macOS, no room for it), threads do it.
+
+    No ProcessPoolExecutor: it ends copies by SIGTERM, which they leave to the program, and shares locks among them,
+    which a killed one keeps: both hung.
     """
     workers = min(owned_cores(), len(tasks))
     if workers < 2:
         yield from map(work, tasks)
         return
-    with _executor(workers, work) as pool:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
-                results = pool.map(_do, tasks)
-            yield from results
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that worked beside this one was killed: the same command begins anew; if memory is short, "
-                "start it with fewer cores (taskset --cpu-list 0)"
-            ) from error
+    with _copies(work, tasks, workers) as results:
+        for index in range(len(tasks) if results else 0):
+            yield _received(results[index % workers])
+    if not results:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(work, tasks)
 
 
 def leave_signals_to(program: int) -> None:
@@ -59,19 +56,73 @@ def leave_signals_to(program: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _executor(workers: int, work: Callable[[Any], Any]) -> Executor:
-    if sys.platform == "linux":
-        begin = (work, os.getpid())
-        with suppress(OSError, NotImplementedError):  # a container without /dev/shm, where its semaphores would be
-            return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=begin)
-    return ThreadPoolExecutor(workers, initializer=_work.set, initargs=(work,))
+@contextmanager
+def _copies(work: Callable[[Any], Any], tasks: Sequence[Any], number: int) -> Iterator[list[Connection]]:
+    """Where each copy's results come from: the first has every `number`th task from the first on, and so forth.
+
+    Nowhere, if there can be no copies. They are gone at its end.
+    """
+    copies: list[BaseProcess] = []
+    results: list[Connection] = []
+    try:
+        try:
+            for first in range(number if sys.platform == "linux" else 0):
+                _begin(work, tasks[first::number], copies, results)
+        except OSError:
+            _end(copies, results)
+            results = []
+        yield results
+    finally:
+        _end(copies, results)
 
 
-def _begin(work: Callable[[Any], Any], program: int) -> None:
+def _begin(
+    work: Callable[[Any], Any], tasks: Sequence[Any], copies: list[BaseProcess], results: list[Connection]
+) -> None:
+    context = get_context("fork")
+    own, theirs = context.Pipe(duplex=False)
+    results.append(own)
+    copies.append(context.Process(target=_do, args=(os.getpid(), work, tasks, results, theirs), daemon=True))
+    # Closed here before the next copy could inherit it: then its end is seen when the one that writes is killed.
+    with theirs, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
+        copies[-1].start()
+
+
+def _end(copies: list[BaseProcess], results: list[Connection]) -> None:
+    begun = [copy for copy in copies if copy.pid is not None]
+    for copy in begun:
+        copy.kill()
+    for copy in begun:
+        copy.join()
+    for own in results:
+        own.close()
+
+
+def _do(
+    program: int, work: Callable[[Any], Any], tasks: Sequence[Any], others: list[Connection], results: Connection
+) -> None:
+    """What a copy does."""
     leave_signals_to(program)
+    for other in others:  # a program that has closed its own wants no more: nothing may keep it open
+        other.close()
     torch.set_num_threads(1)  # a copy lacks the other threads, and would wait for them
-    _work.set(work)
+    try:
+        for task in tasks:
+            results.send((work(task), None))
+    except Exception as error:
+        error.add_note(f"In a copy of the process:\n{''.join(traceback.format_exception(error))}")
+        results.send((None, error))
 
 
-def _do(task: Any) -> Any:
-    return _work.get()(task)
+def _received(results: Connection) -> Any:
+    try:
+        result, error = results.recv()
+    except (EOFError, OSError) as end:
+        raise UserError(
+            "a process that worked beside this one was killed: the same command begins anew; if memory is short, "
+            "start it with fewer cores (taskset --cpu-list 0)"
+        ) from end
+    if error is not None:
+        raise error
+    return result
