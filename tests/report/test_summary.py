@@ -15,6 +15,8 @@ from lockstep.evaluation.metrics import Predictions
 from lockstep.launch import guards
 from lockstep.launch.accelerator import Launch
 from lockstep.launch.numerics import numerics_of
+from lockstep.report import drawing
+from lockstep.report import summary as summary_module
 from lockstep.report.summary import changed_numerics, report_training
 from lockstep.run.folder import Run
 from lockstep.run.tracker import build_tracker
@@ -64,6 +66,25 @@ def test_a_finished_training_leaves_its_summary(
     line = (printed.out + printed.err).strip().splitlines()[-1]
     assert f"test accuracy {metrics.accuracy:.2%}" in line and "(best: step 40), 320 images/s" in line
     assert str(run.path) in line
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_pictures_do_not_need_the_charts(
+    cores: int, tmp_path: Path, evaluated: tuple[Data, Predictions], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """An error of an exhibit leaves no picture out, neither in the run folder nor in its copies."""
+    monkeypatch.setattr(drawing, "owned_cores", lambda: cores)
+    monkeypatch.setattr(summary_module, "show_results", lambda *_: int("no number"))
+    data, metrics = evaluated
+    run = run_in(tmp_path)
+    tracker = build_tracker(run.config, run.path, is_main=True)
+    shown: list[str] = []
+    monkeypatch.setattr(tracker, "figure", lambda name, path: shown.append(path.name))
+    report_training(run, tracker, Progress(step=50), build_calendar(run.config, 20, has_validation=True), metrics, data)
+    assert len(shown) == 5 and all((run.path / "figures" / name).is_file() for name in shown)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"the charts of {run.path} could not be shared"
+    ]
 
 
 def test_another_rule_of_streamed_crops_is_a_change_of_numerics(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def _draw(run: Run, tracker: Tracker, predictions: Predictions, data: Data) -> N
     """The pictures, in the run folder and in the copies of the run, which have charts of their own."""
     drawings = drawings_of(run, predictions, data)
     with drawn_beside(list(drawings.values())):
-        show_results(tracker, run.config, predictions, data)
+        with not_fatal(f"the charts of {run.path} could not be shared"):
+            show_results(tracker, run.config, predictions, data)
     for name, drawing in drawings.items():
         tracker.figure(name, drawing.path)
 
