@@ -161,5 +161,5 @@ def test_results_that_nobody_wants_leave_no_process() -> None:
 def test_copies_end_when_nobody_can_have_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a signal ends the program just while it makes them."""
     monkeypatch.setattr(copies, "_end", lambda _, results: [own.close() for own in results])
-    hold(lambda task: time.sleep(0.01))
+    hold(lambda task: bytes(2**16))  # more than a pipe holds
     assert not psutil.wait_procs(psutil.Process().children(), timeout=20)[1]
