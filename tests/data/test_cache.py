@@ -33,7 +33,7 @@ COUNT = 70
 @pytest.fixture(params=[1, 3], autouse=True)
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Decoded by the process itself, and by copies of it that share small tasks."""
-    monkeypatch.setattr(copies, "owned_cores", lambda: request.param)
+    monkeypatch.setattr(copies, "allowed_cores", lambda: request.param)
     monkeypatch.setattr(cache_module, "_TASK", 3)
     return request.param
 

@@ -9,7 +9,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,10 +21,19 @@ from lockstep.errors import UserError
 from lockstep.launch import copies
 from lockstep.launch.copies import map_over_cores
 
+Left = Callable[[], list[psutil.Process]]
+
 
 @pytest.fixture(autouse=True)
 def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "owned_cores", lambda: 3)
+    monkeypatch.setattr(copies, "allowed_cores", lambda: 3)
+
+
+@pytest.fixture
+def left() -> Iterator[Left]:
+    """What children this process has that it did not have before the test."""
+    before = psutil.Process().children()
+    yield lambda: [child for child in psutil.Process().children() if child not in before]
 
 
 def test_results_come_in_order_from_copies(tmp_path: Path) -> None:
@@ -46,7 +55,7 @@ def test_results_come_in_order_from_copies(tmp_path: Path) -> None:
 def test_where_copies_are_of_no_use_the_process_works(
     cores: int, tasks: int, platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "owned_cores", lambda: cores)
+    monkeypatch.setattr(copies, "allowed_cores", lambda: cores)
     monkeypatch.setattr(copies.sys, "platform", platform)
     results = list(map_over_cores(lambda number: (number, os.getpid(), threading.get_ident()), range(tasks)))
     assert [number for number, _, _ in results] == list(range(tasks))
@@ -55,7 +64,7 @@ def test_where_copies_are_of_no_use_the_process_works(
 
 
 @pytest.mark.parametrize("room", [0, 2])
-def test_without_room_for_a_copy_threads_do_the_work(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_a_copy_threads_do_the_work(room: int, left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that had begun do not go on beside them, nor does the program wait for these at its end."""
     fork, forked = os.fork, []
 
@@ -67,11 +76,11 @@ def test_without_room_for_a_copy_threads_do_the_work(room: int, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fork", fill)
     assert list(map_over_cores(lambda task: (task, os.getpid()), range(5))) == [(i, os.getpid()) for i in range(5)]
-    assert len(forked) == room and not psutil.Process().children()
+    assert len(forked) == room and not left()
 
 
 @pytest.mark.parametrize("error", [UnreadableImage("a.jpg cannot be decoded"), OSError(28, "No space left on device")])
-def test_errors_of_a_copy_are_raised_as_they_are(error: Exception) -> None:
+def test_errors_of_a_copy_are_raised_as_they_are(error: Exception, left: Left) -> None:
     done: list[int] = []
 
     def work(number: int) -> int:
@@ -84,11 +93,11 @@ def test_errors_of_a_copy_are_raised_as_they_are(error: Exception) -> None:
         done.extend(map_over_cores(work, range(1000)))
     assert str(caught.value) == str(error) and done == [0, 1]
     assert "in work" in "".join(traceback.format_exception(caught.value)), "where it was raised"
-    assert not psutil.Process().children()
+    assert not left()
 
 
 @pytest.mark.parametrize("tasks", [20, 20_000])
-def test_a_killed_copy_is_one_line(tasks: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_copy_is_one_line(tasks: int, left: Left, capfd: pytest.CaptureFixture[str]) -> None:
     own, begun = os.getpid(), time.monotonic()
 
     def work(number: int) -> None:
@@ -100,7 +109,7 @@ def test_a_killed_copy_is_one_line(tasks: int, capfd: pytest.CaptureFixture[str]
         list(map_over_cores(work, range(tasks)))
     assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
     assert time.monotonic() - begun < 30, "another copy was waited for"
-    assert not psutil.Process().children()
+    assert not left()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
@@ -127,7 +136,7 @@ def test_copies_die_with_the_program(early: bool, tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import os, sys, time
         from lockstep.launch import copies
-        copies.owned_cores = lambda: 2
+        copies.allowed_cores = lambda: 2
         begin = copies.leave_signals_to
 
         def begin_late(program):
@@ -152,14 +161,14 @@ def hold(work: Callable[[int], object]) -> None:
     next(map_over_cores(work, range(100)))
 
 
-def test_results_that_nobody_wants_leave_no_process() -> None:
+def test_results_that_nobody_wants_leave_no_process(left: Left) -> None:
     begun = time.monotonic()
     hold(lambda task: time.sleep(60 if task else 0))
-    assert not psutil.Process().children() and time.monotonic() - begun < 30
+    assert not left() and time.monotonic() - begun < 30
 
 
-def test_copies_end_when_nobody_can_have_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_end_when_nobody_can_have_their_results(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a signal ends the program just while it makes them."""
     monkeypatch.setattr(copies, "_end", lambda _, results: [own.close() for own in results])
     hold(lambda task: bytes(2**16))  # more than a pipe holds
-    assert not psutil.wait_procs(psutil.Process().children(), timeout=20)[1]
+    assert not psutil.wait_procs(left(), timeout=20)[1]

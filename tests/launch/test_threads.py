@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lockstep.launch.threads import keep_threads
+from lockstep.launch.threads import allowed_cores, keep_threads, owned_cores
 from lockstep.settings.config import RuntimeConfig
 
 PROBE = """
@@ -51,6 +51,20 @@ def test_threads_are_the_cores_that_a_process_owns(all_cores: set[int], tmp_path
     assert crowded == [1, 1]
     assert given == [1, 1], "SLURM gave one core, and did not bind the process to it"
     assert quotas == [[1, 1], [1, 1], [owned, owned]], "a container of 1.5 or 0.5 cores, and one without a limit"
+
+
+def test_a_process_whose_neighbours_wait_may_use_their_cores(
+    all_cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * len(all_cores)))
+    assert (allowed_cores(), owned_cores()) == (len(all_cores), 1)
+
+
+def test_without_affinity_all_cores_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert allowed_cores() == 1
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,7 @@ def test_pictures_do_not_need_the_charts(
     cores: int, tmp_path: Path, evaluated: tuple[Data, Predictions], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """An error of an exhibit leaves no picture out, neither in the run folder nor in its copies."""
-    monkeypatch.setattr(drawing, "owned_cores", lambda: cores)
+    monkeypatch.setattr(drawing, "allowed_cores", lambda: cores)
     monkeypatch.setattr(summary_module, "show_results", lambda *_: int("no number"))
     data, metrics = evaluated
     run = run_in(tmp_path)

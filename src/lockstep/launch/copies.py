@@ -1,4 +1,4 @@
-"""Work for all cores that a process owns, by copies of it: threads take turns where much of the work is Python."""
+"""Work for all cores, by copies of a process: threads take turns where much of the work is Python."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import torch
 
 from lockstep.errors import UserError
 from lockstep.launch.machine import signal_at_death_of_parent
-from lockstep.launch.threads import owned_cores
+from lockstep.launch.threads import allowed_cores
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -26,13 +26,14 @@ _Result = TypeVar("_Result")
 def map_over_cores(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> Iterator[_Result]:
     """The results of `work`, in the order of tasks: by a copy of this process for each core, or here if there is one.
 
+    Of the cores of this machine's other processes, too: they wait for this one.
     Results are pickled, `work` and tasks are not; it has torch with one thread. What it raises is raised here. Raises
     UserError if a copy was killed. Where a process cannot be copied (macOS, no room for it), threads do it.
 
     No ProcessPoolExecutor: it ends copies by SIGTERM, which they leave to the program, and shares locks among them,
     which a killed one keeps: both hung.
     """
-    workers = min(owned_cores(), len(tasks))
+    workers = min(allowed_cores(), len(tasks))
     if workers < 2:
         yield from map(work, tasks)
         return

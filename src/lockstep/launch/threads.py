@@ -13,14 +13,22 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def owned_cores() -> int:
-    """Cores of this process: its share of the machine's; the word of SLURM or a container counts where none binds."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores of this process: its share of those that it and its neighbours may use."""
+    return max(1, allowed_cores() // local_processes())
+
+
+def allowed_cores() -> int:
+    """Cores of all processes of this launch on this machine; the word of SLURM or a container counts where none binds.
+
+    All of them are this process's while the others wait for it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # else: macOS
     with contextlib.suppress(ValueError):  # of garbage
         cores = max(1, min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = map(int, _CPU_QUOTA.read_text().split())
         cores = max(1, min(cores, quota // period))
-    return max(1, cores // local_processes())
+    return cores
 
 
 def choose_threads(config: RuntimeConfig, cores: int) -> None:

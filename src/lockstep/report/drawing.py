@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lockstep.launch.machine import signal_at_death_of_parent
-from lockstep.launch.threads import owned_cores
+from lockstep.launch.threads import allowed_cores
 
 _LONGEST_SECONDS = 60
 """A copy that takes longer hangs: it lacks the threads of this process, and one may have held a lock"""
@@ -49,7 +49,7 @@ def drawn_beside(drawings: Sequence[Drawing]) -> Iterator[None]:
 
 
 def _begin(drawings: Sequence[Drawing]) -> list[tuple[Sequence[Drawing], BaseProcess | None]]:
-    number = min(owned_cores(), len(drawings))
+    number = min(allowed_cores(), len(drawings))
     if number < 2 or sys.platform != "linux":
         return []
     return [(share, _copy(share)) for share in (drawings[first::number] for first in range(number))]
