@@ -4,6 +4,7 @@
 device in a computation. `Waits` refuses what only a real GPU would wait for.
 """
 
+import argparse
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,7 @@ import step_share
 import torch
 from pieces.measured import bare_step
 from steps import EVERYTHING, NETWORKS
-from stretch import prepared, stretch
+from stretch import Enough, prepared, stretch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,3 +114,20 @@ def test_every_slip_in_a_step_is_noticed(on_meta: None, monkeypatch: pytest.Monk
             monkeypatch.setattr(Meter, "add", lambda meter, number, losses, *_, slip=slip: slip(losses))
             with Waits(), pytest.raises((RuntimeError, AssertionError)):
                 stretch(training, steps=1)
+
+
+def test_the_share_of_the_bare_step_is_measured_step_by_step() -> None:
+    """Each stretch has as many bare steps as steps of the loop, and the share is the one time over the other."""
+    options = argparse.Namespace(batch_size=8, precision="no", steps=3, stretches=2)
+    row = step_share.measure("tiny_cnn", options)
+    name, ours, bare, share, span = (cell.strip() for cell in row.strip("|").split("|"))
+    assert name == "tiny_cnn" and all(float(time.removesuffix(" ms")) > 0 for time in (ours, bare))
+    lowest, highest = map(float, span.split(" to "))
+    assert lowest - 0.01 <= float(share) <= highest + 0.01
+
+    made: list[int] = []
+    beside = step_share._Beside(made.append, steps=3)
+    with pytest.raises(Enough):
+        for _ in range(9):
+            assert beside.agreed() is False
+    assert made == [1, 1, 1] and len(beside.loop_seconds) == len(beside.bare_seconds) == 3

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -38,11 +38,20 @@ def map_over_cores(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> 
         yield from map(work, tasks)
         return
     with _copies(work, tasks, workers) as results:
-        for index in range(len(tasks) if results else 0):
-            yield _received(results[index % workers])
-    if not results:
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(work, tasks)
+        if results:
+            yield from (_received(results[index % workers]) for index in range(len(tasks)))
+            return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(work, tasks)
+
+
+def begin_copy(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A copy of this process that does this work, and ends. Raises OSError where there is no room for it."""
+    process = get_context("fork").Process(target=work, args=arguments, daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
+        process.start()
+    return process
 
 
 def leave_signals_to(program: int) -> None:
@@ -80,21 +89,16 @@ def _copies(work: Callable[[Any], Any], tasks: Sequence[Any], number: int) -> It
 def _begin(
     work: Callable[[Any], Any], tasks: Sequence[Any], copies: list[BaseProcess], results: list[Connection]
 ) -> None:
-    context = get_context("fork")
-    own, theirs = context.Pipe(duplex=False)
+    own, theirs = Pipe(duplex=False)
     results.append(own)
-    copies.append(context.Process(target=_do, args=(os.getpid(), work, tasks, results, theirs), daemon=True))
-    # Closed here before the next copy could inherit it: then its end is seen when the one that writes is killed.
-    with theirs, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
-        copies[-1].start()
+    with theirs:  # closed before the next copy could inherit it: its end is seen when the one that writes is killed
+        copies.append(begin_copy(_do, os.getpid(), work, tasks, results, theirs))
 
 
 def _end(copies: list[BaseProcess], results: list[Connection]) -> None:
-    begun = [copy for copy in copies if copy.pid is not None]
-    for copy in begun:
+    for copy in copies:
         copy.kill()
-    for copy in begun:
+    for copy in copies:
         copy.join()
     for own in results:
         own.close()

@@ -3,16 +3,15 @@
 matplotlib is Python: threads would take turns. So copies of this process draw, which have all that is shown at hand.
 """
 
-import multiprocessing
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from lockstep.launch.copies import begin_copy
 from lockstep.launch.machine import signal_at_death_of_parent
 from lockstep.launch.threads import allowed_cores
 
@@ -57,12 +56,10 @@ def _begin(drawings: Sequence[Drawing]) -> list[tuple[Sequence[Drawing], BasePro
 
 def _copy(share: Sequence[Drawing]) -> BaseProcess | None:
     """A copy of this process that draws its share, and ends; None where the system has no room for it."""
-    process = multiprocessing.get_context("fork").Process(target=_draw, args=(share,), daemon=True)
-    with suppress(OSError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
-        process.start()
-        return process
-    return None
+    try:
+        return begin_copy(_draw, share)
+    except OSError:
+        return None
 
 
 def _draw(share: Sequence[Drawing]) -> None:
