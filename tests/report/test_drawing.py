@@ -58,12 +58,30 @@ def test_a_copy_for_each_core_draws_its_share_meanwhile(tmp_path: Path) -> None:
     assert len({first, second, third, os.getpid()}) == 4 and rest == [first, second]
 
 
+def test_each_is_given_when_it_is_there(tmp_path: Path) -> None:
+    last = Drawing(tmp_path / "last", partial(write_pid, before=partial(wait_for, tmp_path / "seen")))
+    drawings = [*drawings_in(tmp_path, 3), last]
+    with drawn_beside(drawings) as finished:
+        seen = [next(finished), next(finished), next(finished)]
+        assert all(drawing.path.is_file() for drawing in seen) and not last.path.exists()
+        (tmp_path / "seen").touch()
+        assert [*seen, *finished] == drawings and last.path.is_file()
+    assert os.getpid() not in pids(drawings)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("cores", "platform"), [(1, "linux"), (3, "darwin")])
 def test_where_copies_are_of_no_use_all_is_drawn_here(
     cores: int, platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "allowed_cores", lambda: cores)
-    monkeypatch.setattr(module.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     drawings = drawings_in(tmp_path)
     with drawn_beside(drawings):
         assert not any(drawing.path.exists() for drawing in drawings)
@@ -108,6 +126,15 @@ def test_what_is_wrong_with_a_picture_is_raised_here(tmp_path: Path, capfd: pyte
     assert capfd.readouterr() == ("", "")
 
 
+def test_one_that_cannot_be_drawn_costs_no_other(tmp_path: Path) -> None:
+    bad, good = Drawing(tmp_path / "bad", lambda path: int("no number")), drawings_in(tmp_path)
+    seen = []
+    with pytest.raises(ValueError, match="no number"), drawn_beside([bad, *good]) as finished:
+        for drawing in finished:
+            seen.append(drawing)
+    assert seen == good and len(pids(good)) == 5
+
+
 def test_copies_die_with_the_process(tmp_path: Path) -> None:
     """As after a SIGKILL of a training: a copy that went on would keep its ports."""
     program = textwrap.dedent("""
@@ -134,13 +161,13 @@ def test_copies_die_with_the_process(tmp_path: Path) -> None:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_signals_to_the_whole_job_leave_no_picture_out(number: int, tmp_path: Path) -> None:
     before = in_a_copy(lambda: os.kill(os.getpid(), number))
     drawings = drawings_in(tmp_path, before=before)
     with drawn_beside(drawings):
         pass
-    assert (os.getpid() in pids(drawings)) == (number == signal.SIGTERM)
+    assert os.getpid() not in pids(drawings)
 
 
 def test_an_error_meanwhile_waits_for_the_copies(tmp_path: Path) -> None:
@@ -160,10 +187,10 @@ def test_pictures_of_copies_are_those_drawn_here(
     torch.set_num_threads(2)  # a team of OpenMP, which copies do not have
     try:
         torch.ones(512, 512) @ torch.ones(512, 512)
-        with drawn_beside(list(beside.values())):
+        with drawn_beside(beside):
             torch.ones(512, 512) @ torch.ones(512, 512)
     finally:
         torch.set_num_threads(threads)
     assert len(here) == len(beside) == 5
-    for name, drawing in here.items():
-        assert drawing.draw().read_bytes() == beside[name].path.read_bytes(), name
+    for ours, theirs in zip(here, beside, strict=True):
+        assert ours.draw().read_bytes() == theirs.path.read_bytes(), ours.path.name

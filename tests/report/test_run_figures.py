@@ -21,7 +21,7 @@ def assert_picture(path: Path) -> None:
 
 
 def draw_figures(run: Run, predictions: Predictions, data: Data) -> dict[str, Path]:
-    return {name: drawing.draw() for name, drawing in drawings_of(run, predictions, data).items()}
+    return {drawing.path.stem: drawing.draw() for drawing in drawings_of(run, predictions, data)}
 
 
 def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:

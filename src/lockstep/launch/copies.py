@@ -37,40 +37,19 @@ def map_over_cores(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> 
     if workers < 2:
         yield from map(work, tasks)
         return
-    with _copies(work, tasks, workers) as results:
+    with copies_at_work(work, tasks, workers) as results:
         if results:
-            yield from (_received(results[index % workers]) for index in range(len(tasks)))
+            yield from (received(results[index % workers]) for index in range(len(tasks)))
             return
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(work, tasks)
 
 
-def begin_copy(work: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """A copy of this process that does this work, and ends. Raises OSError where there is no room for it."""
-    process = get_context("fork").Process(target=work, args=arguments, daemon=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
-        process.start()
-    return process
-
-
-def leave_signals_to(program: int) -> None:
-    """In a copy of the process `program`: leave signals to it, and die with it.
-
-    A scheduler signals every process of a job: a copy that died of it would end training before it has saved.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_death_of_parent(signal.SIGKILL)
-    if os.getppid() != program:  # killed in between
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 @contextmanager
-def _copies(work: Callable[[Any], Any], tasks: Sequence[Any], number: int) -> Iterator[list[Connection]]:
-    """Where each copy's results come from: the first has every `number`th task from the first on, and so forth.
+def copies_at_work(work: Callable[[Any], Any], tasks: Sequence[Any], number: int) -> Iterator[list[Connection]]:
+    """Where results of copies of this process come from: the first has every `number`th task from the first on.
 
-    Nowhere, if there can be no copies. They are gone at its end.
+    An empty list where there can be no copies (see `map_over_cores`). They are gone at its end.
     """
     copies: list[BaseProcess] = []
     results: list[Connection] = []
@@ -86,13 +65,45 @@ def _copies(work: Callable[[Any], Any], tasks: Sequence[Any], number: int) -> It
         _end(copies, results)
 
 
+def received(results: Connection, most_seconds: float | None = None) -> Any:
+    """The next result of a copy; raises what that raised, UserError if the copy was killed, and TimeoutError."""
+    if not results.poll(most_seconds):
+        raise TimeoutError(f"no result after {most_seconds:.0f} seconds")
+    try:
+        result, error = results.recv()
+    except (EOFError, OSError) as end:
+        raise UserError(
+            "a process that worked beside this one was killed: the same command begins anew; if memory is short, "
+            "start it with fewer cores (taskset --cpu-list 0)"
+        ) from end
+    if error is not None:
+        raise error
+    return result
+
+
+def leave_signals_to(program: int) -> None:
+    """In a copy of the process `program`: leave signals to it, and die with it.
+
+    A scheduler signals every process of a job: a copy that died of it would end training before it has saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal_at_death_of_parent(signal.SIGKILL)
+    if os.getppid() != program:  # killed in between
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _begin(
     work: Callable[[Any], Any], tasks: Sequence[Any], copies: list[BaseProcess], results: list[Connection]
 ) -> None:
     own, theirs = Pipe(duplex=False)
     results.append(own)
     with theirs:  # closed before the next copy could inherit it: its end is seen when the one that writes is killed
-        copies.append(begin_copy(_do, os.getpid(), work, tasks, results, theirs))
+        process = get_context("fork").Process(target=_do, args=(os.getpid(), work, tasks, results, theirs), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
+            process.start()
+        copies.append(process)
 
 
 def _end(copies: list[BaseProcess], results: list[Connection]) -> None:
@@ -118,16 +129,3 @@ def _do(
     except Exception as error:
         error.add_note(f"In a copy of the process:\n{''.join(traceback.format_exception(error))}")
         results.send((None, error))
-
-
-def _received(results: Connection) -> Any:
-    try:
-        result, error = results.recv()
-    except (EOFError, OSError) as end:
-        raise UserError(
-            "a process that worked beside this one was killed: the same command begins anew; if memory is short, "
-            "start it with fewer cores (taskset --cpu-list 0)"
-        ) from end
-    if error is not None:
-        raise error
-    return result

@@ -3,16 +3,13 @@
 matplotlib is Python: threads would take turns. So copies of this process draw, which have all that is shown at hand.
 """
 
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from lockstep.launch.copies import begin_copy
-from lockstep.launch.machine import signal_at_death_of_parent
+from lockstep.launch.copies import copies_at_work, received
 from lockstep.launch.threads import allowed_cores
 
 _LONGEST_SECONDS = 60
@@ -32,54 +29,42 @@ class Drawing(NamedTuple):
 
 
 @contextmanager
-def drawn_beside(drawings: Sequence[Drawing]) -> Iterator[None]:
+def drawn_beside(drawings: Sequence[Drawing]) -> Iterator[Iterator[Drawing]]:
     """Draw them beside what is done within it, by a copy of this process for each core; all are there at its end.
 
-    What no copy could draw (one core, another system than Linux, no memory) is drawn here in the end, which raises
-    what is wrong with it.
+    Gives each drawing, in their order, when it is there. What no copy could draw (one core, another system than Linux,
+    no memory, killed) is drawn here then. When all else is there, raises what was wrong with the first that cannot be.
     """
-    copies = _begin(drawings)
-    try:
-        yield
-    finally:
-        left = [drawing for share, copy in copies if not _is_done(copy) for drawing in share]
-    for drawing in left if copies else drawings:
-        drawing.draw()
-
-
-def _begin(drawings: Sequence[Drawing]) -> list[tuple[Sequence[Drawing], BaseProcess | None]]:
     number = min(allowed_cores(), len(drawings))
-    if number < 2 or sys.platform != "linux":
-        return []
-    return [(share, _copy(share)) for share in (drawings[first::number] for first in range(number))]
+    with copies_at_work(Drawing.draw, drawings, number if number > 1 else 0) as copies:
+        finished = _finished(drawings, copies)
+        try:
+            yield finished
+        finally:
+            for _ in finished:
+                pass
 
 
-def _copy(share: Sequence[Drawing]) -> BaseProcess | None:
-    """A copy of this process that draws its share, and ends; None where the system has no room for it."""
+def _finished(drawings: Sequence[Drawing], copies: Sequence[Connection]) -> Iterator[Drawing]:
+    trouble: list[Exception] = []
+    answering: list[Connection | None] = [*copies] or [None]
+    for index, drawing in enumerate(drawings):
+        place = index % len(answering)
+        try:
+            if not _is_drawn(answering[place]):
+                answering[place] = None
+                drawing.draw()
+        except Exception as error:
+            trouble.append(error)
+        else:
+            yield drawing
+    if trouble:
+        raise trouble[0]
+
+
+def _is_drawn(copy: Connection | None) -> bool:
+    """Waits for it. Where it is drawn again it says what is wrong."""
     try:
-        return begin_copy(_draw, share)
-    except OSError:
-        return None
-
-
-def _draw(share: Sequence[Drawing]) -> None:
-    signal_at_death_of_parent(signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the process that waits for this one
-    try:
-        for drawing in share:
-            drawing.draw()
+        return copy is not None and bool(received(copy, _LONGEST_SECONDS))
     except Exception:
-        sys.exit(1)  # where it is drawn again it says what is wrong
-
-
-def _is_done(copy: BaseProcess | None) -> bool:
-    """Waits for it."""
-    if copy is None:
         return False
-    try:
-        copy.join(_LONGEST_SECONDS)
-    finally:
-        copy.kill()  # nothing, if it has ended
-        copy.join()
-    return copy.exitcode == 0

@@ -22,18 +22,18 @@ from lockstep.settings.config import Config
 _GALLERY = 25
 
 
-def drawings_of(run: Run, predictions: Predictions, data: Data) -> dict[str, Drawing]:
-    """All that there is to show of a run and its test set, by name, in an order that shares the work of two fairly."""
+def drawings_of(run: Run, predictions: Predictions, data: Data) -> list[Drawing]:
+    """All that there is to show of a run and its test set, in an order that shares the work of two fairly."""
     figures = run.path / "figures"
-    drawings = {
-        "curves": Drawing(figures / "curves.png", partial(plot_curves, read_history(run.path))),
-        "confusion_matrix": _confusion(run.path, "test", predictions, data),
-        "samples": _samples(figures, data),
-        "pr_roc": _rankings(run.path, "test", predictions, data),
-        "mistakes": _mistakes(figures, predictions, data),
-        "augmentation": _augmentation(figures, run.config, data),
-    }
-    return {name: drawing for name, drawing in drawings.items() if drawing is not None}
+    drawings = (
+        Drawing(figures / "curves.png", partial(plot_curves, read_history(run.path))),
+        _confusion(run.path, "test", predictions, data),
+        _samples(figures, data),
+        _rankings(run.path, "test", predictions, data),
+        _mistakes(figures, predictions, data),
+        _augmentation(figures, run.config, data),
+    )
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def draw_confusion(folder: Path, split: str, predictions: Predictions, data: Data) -> Path:

@@ -200,12 +200,11 @@ def report_training(
 
 def _draw(run: Run, tracker: Tracker, predictions: Predictions, data: Data) -> None:
     """The pictures, in the run folder and in the copies of the run, which have charts of their own."""
-    drawings = drawings_of(run, predictions, data)
-    with drawn_beside(list(drawings.values())):
+    with drawn_beside(drawings_of(run, predictions, data)) as finished:
         with not_fatal(f"the charts of {run.path} could not be shared"):
             show_results(tracker, run.config, predictions, data)
-    for name, drawing in drawings.items():
-        tracker.figure(name, drawing.path)
+        for drawing in finished:
+            tracker.figure(drawing.path.stem, drawing.path)
 
 
 def report_findings(run: Run, tracker: Tracker, classes: int, seen: Probe | None, predictions: Predictions) -> None:
