@@ -214,6 +214,7 @@ def test_doubtful_labels() -> None:
     assert finding.sign == "labels that look wrong" and "40 of 500 test images" in finding.evidence
     for few in (Doubt(10, 100, 500, "test"), Doubt(4, 4, 100, "test"), Doubt(200, 260, 500, "test")):
         assert found(history(SOUND), doubt=few) == []
+    assert found(history(SOUND[:1]), doubt=Doubt(40, 100, 500, "test")) == []  # 10 steps make no judge
 
 
 def test_doubt_is_measured_by_the_confidence_of_right_answers() -> None:

@@ -26,8 +26,8 @@ CONFIG = Config(log=LogConfig(wandb="disabled"))
 @pytest.fixture(autouse=True)
 def without_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have tests of their own, in test_run_figures.py and test_suspicious.py."""
-    for name in ("draw_confusion", "draw_rankings"):
-        monkeypatch.setattr(f"lockstep.report.evaluation.{name}", lambda *_: None)
+    for name in ("_confusion", "_rankings"):
+        monkeypatch.setattr(f"lockstep.report.run_figures.{name}", lambda *_: None)
     monkeypatch.setattr("lockstep.report.suspicious.plot_samples", lambda *_: None)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
-from lockstep.report.run_figures import draw_confusion, draw_rankings, drawings_of
+from lockstep.report.run_figures import drawings_of, drawings_of_split
 from lockstep.run.folder import Run
 from lockstep.settings.config import AugmentConfig, Config, RunConfig
 
@@ -32,11 +32,18 @@ def test_figures_are_drawn(tmp_path: Path, evaluated: tuple[Data, Predictions]) 
     assert {path.name for path in (run.path / "figures").iterdir()} == {f"{name}.png" for name in paths}
     for path in paths.values():
         assert_picture(path)
-    assert_picture(draw_confusion(run.path, "val", metrics, data))
-    assert (run.path / "figures" / "confusion_matrix_val.png").is_file()
-    curves = draw_rankings(run.path, "val", metrics, data)
-    assert curves == run.path / "figures" / "pr_roc_val.png"
-    assert_picture(curves)
+
+
+def test_figures_of_a_split_are_drawn(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:
+    data, metrics = evaluated
+    drawings = drawings_of_split(tmp_path, "val", metrics, data, {"As trained": metrics})
+    assert list(drawings) == ["confusion matrix", "precision, recall and ROC", "calibration"]
+    names = ("confusion_matrix_val.png", "pr_roc_val.png", "reliability_val.png")
+    for name, drawing in zip(names, drawings.values(), strict=True):
+        assert drawing.draw() == tmp_path / "figures" / name
+        assert_picture(drawing.path)
+    unknown = replace(metrics, probabilities=None)
+    assert list(drawings_of_split(tmp_path, "test", unknown, data, {})) == ["confusion matrix", "calibration"]
 
 
 def test_augmentation_is_drawn_where_there_is_any(tmp_path: Path, evaluated: tuple[Data, Predictions]) -> None:

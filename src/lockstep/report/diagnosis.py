@@ -440,7 +440,7 @@ def _starving_device(e: Evidence) -> Finding | None:
 def _doubtful_labels(e: Evidence) -> Finding | None:
     doubt = e.doubt
     # A network that is wrong more often, measured by one that guesses, has no opinion that counts.
-    if doubt is None or doubt.mistakes > 0.4 * doubt.of * (1 - 1 / e.classes):
+    if doubt is None or doubt.mistakes > 0.4 * doubt.of * (1 - 1 / e.classes) or e.is_short:
         return None
     if doubt.samples < max(5, 0.02 * doubt.of, 0.25 * doubt.mistakes):
         return None

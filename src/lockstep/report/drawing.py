@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lockstep.launch.copies import copies_at_work, received
 from lockstep.launch.threads import allowed_cores
+from lockstep.report.canvas import new_figure
 
 _LONGEST_SECONDS = 60
 """A copy that takes longer hangs: it lacks the threads of this process, and one may have held a lock"""
@@ -36,7 +37,11 @@ def drawn_beside(drawings: Sequence[Drawing]) -> Iterator[Iterator[Drawing]]:
     no memory, killed) is drawn here then. When all else is there, raises what was wrong with the first that cannot be.
     """
     number = min(allowed_cores(), len(drawings))
-    with copies_at_work(Drawing.draw, drawings, number if number > 1 else 0) as copies:
+    if number < 2:
+        number = 0
+    else:
+        new_figure(1, 1)  # matplotlib is imported once, and not by each copy
+    with copies_at_work(Drawing.draw, drawings, number) as copies:
         finished = _finished(drawings, copies)
         try:
             yield finished

@@ -11,9 +11,10 @@ from lockstep.evaluation.calibration import at_temperature
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.scores import mean_scores, scores
 from lockstep.files import write_json
+from lockstep.report.drawing import drawn_beside
 from lockstep.report.exhibits import results
 from lockstep.report.predictions import class_names, class_table, write_predictions
-from lockstep.report.run_figures import draw_confusion, draw_rankings, draw_reliability
+from lockstep.report.run_figures import drawings_of_split
 from lockstep.report.summary import not_fatal
 from lockstep.report.suspicious import report_suspicious
 from lockstep.settings.config import Config
@@ -57,12 +58,13 @@ def report_evaluation(e: Evaluated, how: str) -> None:
     print_line(describe_scores(metrics))
     write_json(e.folder / f"metrics_{e.split}.json", {**metrics, "how": how})
     print_line(f"metrics: {e.folder / f'metrics_{e.split}.json'}")
-    print_line(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
-    print_line(f"confusion matrix: {draw_confusion(e.folder, e.split, rows, e.data)}")
-    if curves := draw_rankings(e.folder, e.split, rows, e.data):
-        print_line(f"precision, recall and ROC: {curves}")
-    print_line(f"calibration: {_draw_calibration(e)}")
-    print_line(report_suspicious(e.folder, e.split, rows, e.images, e.data))
+    pictures = drawings_of_split(e.folder, e.split, rows, e.data, _calibrations(e))
+    with drawn_beside(list(pictures.values())) as finished:
+        print_line(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
+        print_line(report_suspicious(e.folder, e.split, rows, e.images, e.data))
+        shown = {drawing.path: name for name, drawing in pictures.items()}
+        for drawing in finished:
+            print_line(f"{shown[drawing.path]}: {drawing.path}")
     if e.config.log.wandb != "disabled":
         with not_fatal("W&B has no copy of this evaluation"):
             _copy_to_wandb(e, metrics["metrics"])
@@ -104,11 +106,11 @@ def describe_scores(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw_calibration(e: Evaluated) -> Path:
+def _calibrations(e: Evaluated) -> dict[str, Predictions]:
     shown = {"As trained": e.predictions}
     if e.temperature is not None and e.calibrated is not None:
         shown[f"At temperature {e.temperature[0]:.4g}"] = e.calibrated
-    return draw_reliability(e.folder, e.split, shown)
+    return shown
 
 
 _CALIBRATED = ("calibration_error", "brier")

@@ -1,6 +1,7 @@
 """A look at a training that has not begun: its first batch, labels, duplicates, learning rate; as text and pictures."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from lockstep.data.sampler import Sampler, build_sampler, resolve_micro_batch_si
 from lockstep.data.sources.source import spread
 from lockstep.files import write_json
 from lockstep.launch.accelerator import Launch
+from lockstep.report.drawing import Drawing, drawn_beside
 from lockstep.report.figures import plot_samples
 from lockstep.report.predictions import class_names, pixels
 from lockstep.report.preview_figures import plot_label_counts, plot_learning_rate
-from lockstep.report.run_figures import draw_augmentation, draw_samples
+from lockstep.report.run_figures import drawings_of_training_set
 from lockstep.settings.config import Config
 from lockstep.training.calendar import build_calendar
 from lockstep.training.schedule import build_schedule
@@ -182,28 +184,31 @@ def _describe_duplicates(found: Duplicates) -> list[str]:
 def draw_preview(folder: Path, config: Config, data: Data, preview: Preview) -> list[Path]:
     """Draw all pictures and write preview.json; returns the paths."""
     names = class_names(data)
-    drawn = [folder / "labels.png", folder / "schedule.png", draw_samples(folder, data)]
-    plot_label_counts(preview.counts, names, drawn[0])
     epochs, rates = [step / preview.steps_per_epoch for step, _ in preview.rates], [rate for _, rate in preview.rates]
     note = f"{config.schedule.name}, {preview.total_steps:,} steps{_unless_it_stalls(config)}"
-    plot_learning_rate(epochs, rates, note, drawn[1])
-    if augmentation := draw_augmentation(folder, config, data):
-        drawn.append(augmentation)
-    if preview.duplicates.groups:
-        drawn.append(folder / "duplicates.png")
-        _draw_duplicates(drawn[-1], data, preview.duplicates, names)
-    write_json(folder / "preview.json", _as_json(preview, names))
-    return [*drawn, folder / "preview.json"]
+    drawings = [
+        Drawing(folder / "labels.png", partial(plot_label_counts, preview.counts, names)),
+        Drawing(folder / "schedule.png", partial(plot_learning_rate, epochs, rates, note)),
+        *drawings_of_training_set(folder, config, data),
+        *_duplicates(folder, data, preview.duplicates, names),
+    ]
+    with drawn_beside(drawings) as finished:
+        write_json(folder / "preview.json", _as_json(preview, names))
+        return [*(drawing.path for drawing in finished), folder / "preview.json"]
 
 
-def _draw_duplicates(path: Path, data: Data, found: Duplicates, names: list[str]) -> None:
-    """Pairs of equal images side by side, those with several labels first and in red."""
+def _duplicates(folder: Path, data: Data, found: Duplicates, names: list[str]) -> list[Drawing]:
+    """Pairs of equal images side by side, those with several labels first and in red; nothing where there are none."""
+    if not found.groups:
+        return []
     wrong = {place for group in found.contradicting for place in group}
     groups = sorted(found.groups, key=lambda group: group[0] not in wrong)[:_MOST_PAIRS]
     places, sets = [place for group in groups for place in _pair(group, found)], sets_of(data)
     images = np.concatenate([pixels(sets[split], np.array([index])) for split, index in places])
     titles = [f"{names[found.labels[place]]}\n{place[0]} {place[1]}" for place in places]
-    plot_samples(images, titles, path, wrong=[place in wrong for place in places], columns=min(len(places), 4))
+    marks, columns = [place in wrong for place in places], min(len(places), 4)
+    plot = partial(plot_samples, images, titles, wrong=marks, columns=columns)
+    return [Drawing(folder / "duplicates.png", plot)]
 
 
 def _pair(group: tuple[Place, ...], found: Duplicates) -> tuple[Place, Place]:

@@ -36,33 +36,26 @@ def drawings_of(run: Run, predictions: Predictions, data: Data) -> list[Drawing]
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def draw_confusion(folder: Path, split: str, predictions: Predictions, data: Data) -> Path:
-    """Draw the confusion matrix of a split; returns the picture's path."""
-    return _confusion(folder, split, predictions, data).draw()
+def drawings_of_split(
+    folder: Path, split: str, predictions: Predictions, data: Data, calibrations: dict[str, Predictions]
+) -> dict[str, Drawing]:
+    """What a network does on a split, by what it shows, in words.
+
+    `calibrations`: predictions whose reliability is shown, a panel for each title.
+    """
+    plot = partial(plot_reliability, {title: reliability(rows) for title, rows in calibrations.items()})
+    drawings = {
+        "confusion matrix": _confusion(folder, split, predictions, data),
+        "precision, recall and ROC": _rankings(folder, split, predictions, data),
+        "calibration": Drawing(_figure_of(folder, "reliability", split), plot),
+    }
+    return {shown: drawing for shown, drawing in drawings.items() if drawing is not None}
 
 
-def draw_rankings(folder: Path, split: str, predictions: Predictions, data: Data) -> Path | None:
-    """Draw precision-recall and ROC curves of a split; returns the picture's path, None if no class can be ranked."""
-    drawing = _rankings(folder, split, predictions, data)
-    return drawing and drawing.draw()
-
-
-def draw_reliability(folder: Path, split: str, shown: dict[str, Predictions]) -> Path:
-    """Draw accuracy over confidence of a split, a panel for each title; returns the picture's path."""
-    path = _figure_of(folder, "reliability", split)
-    plot_reliability({title: reliability(rows) for title, rows in shown.items()}, path)
-    return path
-
-
-def draw_samples(folder: Path, data: Data) -> Path:
-    """Draw the first training images; returns the picture's path."""
-    return _samples(folder, data).draw()
-
-
-def draw_augmentation(folder: Path, config: Config, data: Data) -> Path | None:
-    """Draw training images as epochs see them; returns the picture's path, None where augmentation changes nothing."""
-    drawing = _augmentation(folder, config, data)
-    return drawing and drawing.draw()
+def drawings_of_training_set(folder: Path, config: Config, data: Data) -> list[Drawing]:
+    """The first training images, and where augmentation changes them, as epochs see them."""
+    drawings = (_samples(folder, data), _augmentation(folder, config, data))
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _figure_of(folder: Path, name: str, split: str) -> Path:
