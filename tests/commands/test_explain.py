@@ -70,8 +70,11 @@ def test_a_broken_network_has_no_map_of_features(
     monkeypatch.setattr(explanation, "tsne", lambda _: pytest.fail("it dies of them, with equal ones by a signal"))
     best = run / "checkpoints" / "best"
     save_file({name: factor * value for name, value in load_file(best).items() if value.is_floating_point()}, best)
+    older = run / "figures" / "embedding.png"
+    older.parent.mkdir()
+    older.write_bytes(b"of better days")
     assert main([str(run), "--images=1"]) == 0
-    assert "features are not finite, or all the same" in capsys.readouterr().out
+    assert "features are not finite, or all the same" in capsys.readouterr().out and not older.exists()
 
 
 def test_wrong_arguments_are_one_line(run: Path) -> None:

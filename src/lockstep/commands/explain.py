@@ -216,6 +216,8 @@ def _draw_kernels(subject: _Subject, layers: Sequence[str]) -> None:
 
 
 def _draw_embedding(subject: _Subject, seen: _Seen) -> None:
+    path = subject.figures / "embedding.png"
+    path.unlink(missing_ok=True)  # of another checkpoint or split
     names = class_names(subject.data)
     chosen = np.flatnonzero(np.bincount(seen.labels, minlength=len(names)))
     if len(chosen) > MOST_COLORS:
@@ -227,7 +229,6 @@ def _draw_embedding(subject: _Subject, seen: _Seen) -> None:
     if not np.isfinite(seen.features).all() or not np.ptp(seen.features, axis=0).any():
         print_line("no map of the images: their features are not finite, or all the same")  # where t-SNE may crash
         return
-    path = subject.figures / "embedding.png"
     points = explanation.tsne(seen.features)
     explanation.plot_embedding(points, seen.labels, seen.is_right, {int(c): names[c] for c in chosen}, path)
     print_line(f"features of {len(points):,} images: {path}")
