@@ -48,7 +48,7 @@ def evaluate_here(
 ) -> Any:
     """`evaluate_here(*arguments)`: what eval.py prints; pictures of a split, which take seconds, are left out."""
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr("lockstep.report.evaluation.drawings_of_split", lambda *_: {})
+    monkeypatch.setattr("lockstep.report.evaluation.drawings_of_split", lambda *_: [])
     monkeypatch.setattr("lockstep.report.suspicious.plot_samples", lambda *_: None)
 
     def evaluate(*arguments: str) -> str:

@@ -1,7 +1,9 @@
 """Files are whole or not there, whatever happens meanwhile."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -55,6 +57,19 @@ def test_no_link_that_somebody_put_in_the_way_is_followed(tmp_path: Path, monkey
     with pytest.raises(OSError, match="config.yaml"):
         replace_file(tmp_path / "config.yaml", b"x")
     assert precious.read_text() == "mine" and not (tmp_path / "config.yaml").exists()
+
+
+def test_where_nothing_can_be_written_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not its passing name, of which a read-only file system complains once more."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a passing name")
+
+    monkeypatch.setattr("lockstep.files.os.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError) as caught:
+        replace_file(tmp_path / "config.yaml", b"x")
+    assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(tmp_path / "config.yaml"))
 
 
 def test_two_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:

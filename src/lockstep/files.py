@@ -41,7 +41,8 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a file system that cannot be written it says so again, of this name
+            aside.unlink()
 
 
 def write_at(file: int, data: Any, offset: int) -> None:

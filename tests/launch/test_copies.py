@@ -96,6 +96,26 @@ def test_errors_of_a_copy_are_raised_as_they_are(error: Exception, left: Left) -
     assert not left()
 
 
+def test_an_error_that_cannot_be_pickled_is_told(left: Left, capfd: pytest.CaptureFixture[str]) -> None:
+    class Unheard(Exception):
+        """Of a class that no other process finds."""
+
+    class TwoWords(Exception):
+        """Which cannot be read again."""
+
+        def __init__(self, one: str, two: str) -> None:
+            super().__init__(f"{one} {two}")
+
+    def work(number: int) -> None:
+        raise Unheard("of this") if number == 0 else TwoWords("of", "that")
+
+    with pytest.raises(RuntimeError, match=r"(?s)in work.*Unheard: of this"):
+        list(map_over_cores(work, range(2)))
+    with pytest.raises(RuntimeError, match=r"(?s)in work.*TwoWords: of that"):
+        list(map_over_cores(work, range(1, 3)))
+    assert not left() and capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("tasks", [20, 20_000])
 def test_a_killed_copy_is_one_line(tasks: int, left: Left, capfd: pytest.CaptureFixture[str]) -> None:
     own, begun = os.getpid(), time.monotonic()

@@ -94,7 +94,14 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("end", [killed, partial(time.sleep, 60), partial(int, "no number")])
+def unheard_of() -> None:
+    class Unheard(Exception):
+        """Cannot be pickled."""
+
+    raise Unheard
+
+
+@pytest.mark.parametrize("end", [killed, partial(time.sleep, 60), partial(int, "no number"), unheard_of])
 def test_what_a_copy_leaves_is_drawn_here(
     end: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,11 +177,34 @@ def test_signals_to_the_whole_job_leave_no_picture_out(number: int, tmp_path: Pa
     assert os.getpid() not in pids(drawings)
 
 
-def test_an_error_meanwhile_waits_for_the_copies(tmp_path: Path) -> None:
-    drawings = drawings_in(tmp_path, before=partial(time.sleep, 0.2))
-    with pytest.raises(KeyError), drawn_beside(drawings):
-        raise KeyError
-    assert os.getpid() not in pids(drawings)
+@pytest.mark.parametrize("cores", [1, 3])
+def test_an_error_meanwhile_is_the_one_that_is_raised(
+    cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "allowed_cores", lambda: cores)
+    drawings = drawings_in(tmp_path, before=in_a_copy(partial(time.sleep, 60)))
+    bad = Drawing(tmp_path / "bad", lambda path: int("no number"))
+    before = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt), drawn_beside([bad, *drawings]):
+        raise KeyboardInterrupt
+    assert not any(drawing.path.exists() for drawing in drawings)
+    assert set(psutil.Process().children()) <= before
+
+
+def test_a_late_answer_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the third picture would be taken for drawn when the first one is."""
+    monkeypatch.setattr(module, "allowed_cores", lambda: 2)
+    monkeypatch.setattr(module, "_LONGEST_SECONDS", 0.3)
+    slow, never = (
+        Drawing(tmp_path / name, partial(write_pid, before=in_a_copy(partial(time.sleep, seconds))))
+        for name, seconds in (("slow", 0.5), ("never", 60))
+    )
+    other, last = drawings_in(tmp_path, 2)
+    with drawn_beside([slow, other, never, last]) as finished:
+        for drawing in finished:
+            assert drawing.path.is_file(), drawing
+            time.sleep(0.3)
+    assert pids([never]) == [os.getpid()] and os.getpid() not in pids([other, last])
 
 
 def test_pictures_of_copies_are_those_drawn_here(
@@ -189,8 +219,10 @@ def test_pictures_of_copies_are_those_drawn_here(
         torch.ones(512, 512) @ torch.ones(512, 512)
         with drawn_beside(beside):
             torch.ones(512, 512) @ torch.ones(512, 512)
+            monkeypatch.setattr(Drawing, "draw", lambda drawing: pytest.fail(f"{drawing.path} is drawn here"))
     finally:
         torch.set_num_threads(threads)
     assert len(here) == len(beside) == 5
+    monkeypatch.undo()
     for ours, theirs in zip(here, beside, strict=True):
         assert ours.draw().read_bytes() == theirs.path.read_bytes(), ours.path.name

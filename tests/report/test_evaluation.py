@@ -11,6 +11,7 @@ from PIL import Image
 from lockstep.data.images import Data
 from lockstep.evaluation.metrics import Predictions
 from lockstep.evaluation.scores import scores
+from lockstep.report.drawing import Drawing
 from lockstep.report.evaluation import Evaluated, report_evaluation
 from lockstep.settings.config import Config, LogConfig
 
@@ -75,3 +76,23 @@ def test_a_network_of_nan_is_reported_as_one(
     report_evaluation(Evaluated(CONFIG, tmp_path, tmp_path, "test", data.test, data, replace(rows, **nothing)), "fp32")
     assert "calibration error nan" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics_test.json").read_text())["metrics"]["roc_auc"] == "NaN"
+
+
+def test_every_picture_is_named_and_none_costs_a_result(
+    tmp_path: Path,
+    evaluated: tuple[Data, Predictions],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, rows = evaluated
+    plots = {"first": Path.touch, "bad": lambda path: path.read_bytes(), "last": Path.touch}
+    drawings = [Drawing(tmp_path / f"{title}.png", plot, title) for title, plot in plots.items()]
+    monkeypatch.setattr("lockstep.report.evaluation.drawings_of_split", lambda *_: drawings)
+    monkeypatch.setattr("lockstep.report.drawing.allowed_cores", lambda: 2)
+    done = Evaluated(CONFIG, tmp_path, None, "val", data.test, data, rows)
+    with pytest.raises(FileNotFoundError, match="bad.png"):
+        report_evaluation(done, "fp32, 1 process")
+    *_, suspicious, first, last = capsys.readouterr().out.splitlines()
+    assert suspicious.startswith("labels that look wrong: ")
+    assert (first, last) == (f"first: {tmp_path / 'first.png'}", f"last: {tmp_path / 'last.png'}")
+    assert all((tmp_path / name).is_file() for name in ("first.png", "last.png", "predictions_val.parquet"))

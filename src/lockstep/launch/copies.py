@@ -1,6 +1,7 @@
 """Work for all cores, by copies of a process: threads take turns where much of the work is Python."""
 
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -127,5 +128,14 @@ def _do(
         for task in tasks:
             results.send((work(task), None))
     except Exception as error:
-        error.add_note(f"In a copy of the process:\n{''.join(traceback.format_exception(error))}")
-        results.send((None, error))
+        told = "".join(traceback.format_exception(error))
+        error.add_note(f"In a copy of the process:\n{told}")
+        results.send((None, error if _travels(error) else RuntimeError(told)))
+
+
+def _travels(error: Exception) -> bool:
+    """Whether it can be pickled, and be read again: one of a class within a function cannot."""
+    try:
+        return isinstance(pickle.loads(pickle.dumps(error)), type(error))
+    except Exception:
+        return False

@@ -3,6 +3,7 @@
 matplotlib is Python: threads would take turns. So copies of this process draw, which have all that is shown at hand.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ class Drawing(NamedTuple):
 
     path: Path
     plot: Callable[[Path], object]
+    title: str = ""
+    """What it shows, in words"""
 
     def draw(self) -> Path:
         """Write the picture; returns its path."""
@@ -35,29 +38,30 @@ def drawn_beside(drawings: Sequence[Drawing]) -> Iterator[Iterator[Drawing]]:
 
     Gives each drawing, in their order, when it is there. What no copy could draw (one core, another system than Linux,
     no memory, killed) is drawn here then. When all else is there, raises what was wrong with the first that cannot be.
+    An error within it ends the copies.
     """
-    number = min(allowed_cores(), len(drawings))
-    if number < 2:
-        number = 0
-    else:
+    workers = min(allowed_cores(), len(drawings))
+    if workers > 1:
         new_figure(1, 1)  # matplotlib is imported once, and not by each copy
-    with copies_at_work(Drawing.draw, drawings, number) as copies:
+    with copies_at_work(Drawing.draw, drawings, workers if workers > 1 else 0) as copies:
         finished = _finished(drawings, copies)
-        try:
-            yield finished
-        finally:
-            for _ in finished:
-                pass
+        yield finished
+        for _ in finished:  # what nobody within asked for
+            pass
 
 
 def _finished(drawings: Sequence[Drawing], copies: Sequence[Connection]) -> Iterator[Drawing]:
     trouble: list[Exception] = []
     answering: list[Connection | None] = [*copies] or [None]
+    patience_ends = time.monotonic() + _LONGEST_SECONDS
     for index, drawing in enumerate(drawings):
         place = index % len(answering)
+        copy = answering[place]
         try:
-            if not _is_drawn(answering[place]):
-                answering[place] = None
+            if copy is not None and _is_drawn(copy, max(patience_ends - time.monotonic(), 0)):
+                patience_ends = time.monotonic() + _LONGEST_SECONDS
+            else:
+                answering[place] = None  # a late answer would pass for that of the next
                 drawing.draw()
         except Exception as error:
             trouble.append(error)
@@ -67,9 +71,10 @@ def _finished(drawings: Sequence[Drawing], copies: Sequence[Connection]) -> Iter
         raise trouble[0]
 
 
-def _is_drawn(copy: Connection | None) -> bool:
-    """Waits for it. Where it is drawn again it says what is wrong."""
+def _is_drawn(copy: Connection, most_seconds: float) -> bool:
+    """Waits for the copy; whatever is wrong with a picture shows when it is drawn here."""
     try:
-        return copy is not None and bool(received(copy, _LONGEST_SECONDS))
+        received(copy, most_seconds)
     except Exception:
         return False
+    return True

@@ -58,13 +58,11 @@ def report_evaluation(e: Evaluated, how: str) -> None:
     print_line(describe_scores(metrics))
     write_json(e.folder / f"metrics_{e.split}.json", {**metrics, "how": how})
     print_line(f"metrics: {e.folder / f'metrics_{e.split}.json'}")
-    pictures = drawings_of_split(e.folder, e.split, rows, e.data, _calibrations(e))
-    with drawn_beside(list(pictures.values())) as finished:
-        print_line(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
+    print_line(f"predictions: {write_predictions(e.folder, e.split, rows, e.images, e.data)}")
+    with drawn_beside(drawings_of_split(e.folder, e.split, rows, e.data, _calibrations(e))) as finished:
         print_line(report_suspicious(e.folder, e.split, rows, e.images, e.data))
-        shown = {drawing.path: name for name, drawing in pictures.items()}
         for drawing in finished:
-            print_line(f"{shown[drawing.path]}: {drawing.path}")
+            print_line(f"{drawing.title}: {drawing.path}")
     if e.config.log.wandb != "disabled":
         with not_fatal("W&B has no copy of this evaluation"):
             _copy_to_wandb(e, metrics["metrics"])

@@ -38,18 +38,18 @@ def drawings_of(run: Run, predictions: Predictions, data: Data) -> list[Drawing]
 
 def drawings_of_split(
     folder: Path, split: str, predictions: Predictions, data: Data, calibrations: dict[str, Predictions]
-) -> dict[str, Drawing]:
-    """What a network does on a split, by what it shows, in words.
+) -> list[Drawing]:
+    """What a network does on a split.
 
     `calibrations`: predictions whose reliability is shown, a panel for each title.
     """
     plot = partial(plot_reliability, {title: reliability(rows) for title, rows in calibrations.items()})
-    drawings = {
-        "confusion matrix": _confusion(folder, split, predictions, data),
-        "precision, recall and ROC": _rankings(folder, split, predictions, data),
-        "calibration": Drawing(_figure_of(folder, "reliability", split), plot),
-    }
-    return {shown: drawing for shown, drawing in drawings.items() if drawing is not None}
+    drawings = (
+        _confusion(folder, split, predictions, data),
+        _rankings(folder, split, predictions, data),
+        Drawing(_figure_of(folder, "reliability", split), plot, "calibration"),
+    )
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def drawings_of_training_set(folder: Path, config: Config, data: Data) -> list[Drawing]:
@@ -64,14 +64,15 @@ def _figure_of(folder: Path, name: str, split: str) -> Path:
 
 def _confusion(folder: Path, split: str, predictions: Predictions, data: Data) -> Drawing:
     plot = partial(plot_confusion_matrix, predictions.confusion, class_names(data))
-    return Drawing(_figure_of(folder, "confusion_matrix", split), plot)
+    return Drawing(_figure_of(folder, "confusion_matrix", split), plot, "confusion matrix")
 
 
 def _rankings(folder: Path, split: str, predictions: Predictions, data: Data) -> Drawing | None:
     rankings = rank_classes(predictions)
     if not rankings:
         return None
-    return Drawing(_figure_of(folder, "pr_roc", split), partial(plot_rankings, rankings, class_names(data)))
+    plot = partial(plot_rankings, rankings, class_names(data))
+    return Drawing(_figure_of(folder, "pr_roc", split), plot, "precision, recall and ROC")
 
 
 def _samples(folder: Path, data: Data) -> Drawing:

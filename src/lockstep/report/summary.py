@@ -180,7 +180,7 @@ def report_training(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if run.config.log.figures:
-        with not_fatal(f"the figures of {run.path} could not be drawn"):
+        with not_fatal(f"not all figures of {run.path} could be drawn"):
             _draw(run, tracker, predictions, data)
     if run.config.log.artifacts:
         with not_fatal(f"files of {run.path} could not be shared"):
